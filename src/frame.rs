@@ -1,0 +1,124 @@
+//! A frame: one image with its detector and detection time. Plain data, no I/O.
+//!
+//! The image's bytes are not in here: they travel beside it as the request body, and only as long as an attempt needs them.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+/// One image of one detector, without the bytes.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// The same for every attempt, and for a dead letter made from it after a restart.
+    pub id: FrameId,
+    /// Whose image it is.
+    pub detector: Arc<Detector>,
+    /// When the face was detected, UTC.
+    pub detect_time: Timestamp,
+    /// When Framegate noticed it, wall clock.
+    pub received_at: Timestamp,
+    /// When Framegate noticed it, monotonic clock.
+    pub noticed: Instant,
+    /// What kind of source it came from.
+    pub source: SourceKind,
+    /// Its name at the source (a relative path, a message id): any bytes at all, only ever shown escaped.
+    pub original_name: OsString,
+    /// Size of the image in bytes.
+    pub image_bytes: u64,
+}
+
+/// What the engine is told about where a frame comes from, and how its frames are treated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Detector {
+    /// The engine's `detectorName`.
+    pub name: Arc<str>,
+    /// IANA time zone, the engine's `ianaTimeZone`.
+    pub time_zone: Arc<str>,
+    /// Attempts per second; 0 means no limit.
+    pub rate: f64,
+    /// Turns against the other detectors; at least 1.
+    pub weight: u32,
+}
+
+/// The kinds of source, also the `source` label of the metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourceKind {
+    /// A drop directory.
+    Directory,
+    /// `framegate publish`: files named on the command line.
+    CommandLine,
+}
+
+impl SourceKind {
+    /// The label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            SourceKind::Directory => "directory",
+            SourceKind::CommandLine => "command-line",
+        }
+    }
+}
+
+/// Twenty-six characters `[0-9a-z]`, unique over restarts and boxes; sorts by time of creation. Safe as a file name.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrameId(Arc<str>);
+
+impl FrameId {
+    /// A new one: milliseconds since 1970, a number that only grows, and a random part drawn at the process's start.
+    pub fn generate() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static PROCESS: std::sync::LazyLock<u64> = std::sync::LazyLock::new(|| fastrand::u64(..));
+        let millis = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or(0);
+        let count = NEXT.fetch_add(1, Ordering::Relaxed);
+        // 48 bits of time, 24 of counting, 56 of the process: 128 bits, five to a character.
+        let bits = (u128::from(millis & 0xffff_ffff_ffff) << 80)
+            | (u128::from(count & 0xff_ffff) << 56)
+            | u128::from(*PROCESS & 0xff_ffff_ffff_ffff);
+        let text: String = (0..26)
+            .map(|i| char::from(b"0123456789abcdefghjkmnpqrstvwxyz"[(bits >> (125 - 5 * i)) as usize & 31]))
+            .collect();
+        Self(text.into())
+    }
+
+    /// Takes back what [`FrameId::as_str`] gave; `None` if it is not of that form.
+    pub fn parse(text: &str) -> Option<Self> {
+        let ok = text.len() == 26 && text.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase());
+        ok.then(|| Self(text.into()))
+    }
+
+    /// The text form.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for FrameId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for FrameId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_unique_sorted_and_parse_back() {
+        let ids: Vec<_> = (0..1000).map(|_| FrameId::generate()).collect();
+        assert!(ids.windows(2).all(|w| w[0] < w[1]), "later ids sort later");
+        assert_eq!(FrameId::parse(ids[0].as_str()).as_ref(), Some(&ids[0]));
+        for bad in ["", "../../../etc/passwd", "0123456789ABCDEFGHJKMNPQRS", "0123456789abcdefghjkmnpqr"] {
+            assert_eq!(FrameId::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! Framegate.
+fn main() {}
