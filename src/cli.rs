@@ -1,0 +1,193 @@
+//! The commands. Each has a file of its own; this one says what there are and how each ends.
+
+mod check;
+mod dead_letter;
+mod demo;
+mod publish;
+mod run;
+mod simulate_engine;
+mod status;
+
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::config::{self, Environment, Loaded};
+use crate::control::{self, Request};
+use crate::publish as engine;
+
+/// The configuration could not be used (`EX_CONFIG` of sysexits.h): systemd must not restart us for it.
+const EXIT_CONFIG: u8 = 78;
+
+const EXAMPLES: &str = "\
+Examples:
+  framegate demo                          see all of it work, without credentials
+  framegate check                         read the configuration and say what it means
+  framegate run                           the daemon, in the foreground
+  framegate status                        how the running daemon is doing
+  framegate publish --detector Lobby a.jpg photos/   publish these by hand
+  framegate dead-letter list              what the engine would not take, and why";
+
+/// Publishes face images from drop directories to the eConnect Identities engine without losing one.
+#[derive(Debug, Parser)]
+#[command(name = "framegate", version, about, after_help = EXAMPLES, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where the configuration is.
+#[derive(Debug, clap::Args)]
+struct ConfigArgs {
+    /// The configuration file; `conf.d/*.toml` beside it and FRAMEGATE_… variables are read after it
+    #[arg(long, short, value_name = "FILE", default_value = "/etc/framegate/framegate.toml", env = "FRAMEGATE_CONFIG")]
+    config: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon in the foreground
+    Run(ConfigArgs),
+    /// Read the configuration and say what it would do
+    Check(ConfigArgs),
+    /// Make the running daemon take its new configuration, or say why not
+    Reload(ConfigArgs),
+    /// Show how the running daemon is doing
+    Status(status::Args),
+    /// Publish files or directories by hand, and exit
+    Publish(publish::Args),
+    /// Look at, retry or remove frames that could not be published
+    DeadLetter(DeadLetterArgs),
+    /// Show all of it at work on this machine, without credentials
+    Demo(demo::Args),
+    /// Run the stand-in engine alone
+    SimulateEngine(simulate_engine::Args),
+    /// Print the public-key pin of an engine's certificate, for engine.pin_sha256
+    Pin {
+        /// The engine's address, for example https://10.0.0.123:5009
+        url: String,
+    },
+    /// Print the JSON schema of the configuration
+    Schema,
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Print the man page
+    Man,
+}
+
+#[derive(Debug, clap::Args)]
+struct DeadLetterArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    args: dead_letter::Args,
+}
+
+impl Cli {
+    /// Runs the command and says how it ended.
+    pub fn run(self) -> ExitCode {
+        match self.command.run() {
+            Ok(code) => code,
+            // Nobody reads any more (`framegate … | head`): not an error worth words.
+            Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+            Err(error) => {
+                drop(writeln!(io::stderr(), "framegate: {error:#}"));
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+impl Command {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Command::Run(args) => run::run(&args.config),
+            Command::Check(args) => Ok(check::run(&args.config)),
+            Command::Reload(args) => reload(&args),
+            Command::Status(args) => status::run(&args),
+            Command::Publish(args) => publish::run(args),
+            Command::DeadLetter(DeadLetterArgs { config, args }) => match load(&config.config) {
+                Ok(loaded) => dead_letter::run(&args, &loaded.settings.dead_letter.directory),
+                Err(code) => Ok(code),
+            },
+            Command::Demo(args) => demo::run(args),
+            Command::SimulateEngine(args) => runtime()?.block_on(simulate_engine::run(args)),
+            Command::Pin { url } => pin(&url),
+            Command::Schema => print(&format!("{:#}\n", config::schema())),
+            Command::Completions { shell } => completions(shell),
+            Command::Man => man(),
+        }
+    }
+}
+
+/// Reads the configuration; problems are printed, all of them, and the exit code is theirs.
+fn load(path: &std::path::Path) -> Result<Loaded, ExitCode> {
+    config::load(path, &Environment::from_process()).map_err(|problems| {
+        drop(writeln!(io::stderr(), "{problems}"));
+        ExitCode::from(EXIT_CONFIG)
+    })
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the async runtime")
+}
+
+fn print(text: &str) -> anyhow::Result<ExitCode> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn reload(args: &ConfigArgs) -> anyhow::Result<ExitCode> {
+    let loaded = match load(&args.config) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    let answer = control::ask(&loaded.settings.admin.control, &Request::Reload)?;
+    print(&format!("{}\n", answer.message))?;
+    Ok(if answer.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn pin(url: &str) -> anyhow::Result<ExitCode> {
+    let report = runtime()?.block_on(engine::tls::fetch_pin(url))?;
+    print(&format!("pin_sha256 = [\"{}\"]\n", report.pin_sha256))
+}
+
+fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "framegate", &mut text);
+    print(&String::from_utf8_lossy(&text))
+}
+
+fn man() -> anyhow::Result<ExitCode> {
+    let mut text = Vec::new();
+    let command = Cli::command();
+    clap_mangen::Man::new(command.clone()).render(&mut text)?;
+    for sub in command.get_subcommands() {
+        let name = format!("framegate-{}", sub.get_name());
+        clap_mangen::Man::new(sub.clone().name(name.leak() as &'static str)).render(&mut text)?;
+    }
+    print(&String::from_utf8_lossy(&text))
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

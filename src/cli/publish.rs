@@ -1,0 +1,244 @@
+//! `framegate publish`: publishes files and directories by hand through the same encoder and publisher as the daemon.
+//! The files stay where they are.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{IsTerminal as _, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use futures_util::StreamExt as _;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use jiff::Timestamp;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Settings;
+use crate::encode::{Encoded, Encoder};
+use crate::frame::{Detector, Frame, FrameId, SourceKind};
+use crate::log;
+use crate::metrics::Metrics;
+use crate::publish::{Outcome, Publisher};
+use crate::queue::Taken;
+use crate::settle::Receipt;
+
+/// Without one acceptance for this long, the rest is given up: somebody is waiting at the terminal.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+/// Failures that are listed one by one; the others are only counted.
+const LISTED_MAX: usize = 20;
+
+/// Arguments of `framegate publish`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    config: super::ConfigArgs,
+    /// The detector's name as the engine gets it; needed unless the configuration has exactly one
+    #[arg(long, value_name = "NAME")]
+    detector: Option<String>,
+    /// IANA time zone; otherwise that of the detector in the configuration
+    #[arg(long, value_name = "ZONE")]
+    time_zone: Option<String>,
+    /// Image files, or directories that are searched for *.jpg, *.jpeg, *.png, *.webp and *.bmp
+    #[arg(required = true, value_name = "FILE|DIR")]
+    paths: Vec<PathBuf>,
+}
+
+pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let loaded = match super::load(&args.config.config) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    let _log = log::init(&loaded.settings.log)?;
+    let detector = detector(&args, &loaded.settings)?;
+    let files = find(&args.paths)?;
+    super::runtime()?.block_on(publish_all(&loaded.settings, detector, files))
+}
+
+fn detector(args: &Args, settings: &Settings) -> anyhow::Result<Arc<Detector>> {
+    let known: Vec<_> = settings.detectors.iter().filter(|d| !d.name.contains('{')).collect();
+    let name = match (&args.detector, known.as_slice()) {
+        (Some(name), _) => name.clone(),
+        (None, [only]) => only.name.clone(),
+        (None, _) => bail!("which detector? add `--detector NAME`; the configuration has {}", known.len()),
+    };
+    let entry = known.iter().find(|d| d.name == name);
+    let zone = match (&args.time_zone, entry) {
+        (Some(zone), _) => zone.clone(),
+        (None, Some(entry)) => entry.time_zone.clone(),
+        (None, None) => bail!("detector `{name}` is not in the configuration; add `--time-zone ZONE`"),
+    };
+    jiff::tz::db().get(&zone).with_context(|| format!("`{zone}` is no known IANA time zone"))?;
+    let rate = entry.map_or(0.0, |e| e.rate);
+    Ok(Arc::new(Detector { name: name.into(), time_zone: zone.into(), rate, weight: 1 }))
+}
+
+/// The files themselves, and the images in directories, in order of their names.
+fn find(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        let meta = path.symlink_metadata().with_context(|| format!("cannot read `{}`", path.display()))?;
+        if meta.is_dir() {
+            search(path, &mut files)?;
+        } else {
+            files.push(path.clone());
+        }
+    }
+    if files.is_empty() {
+        bail!("no image files found in these directories");
+    }
+    Ok(files)
+}
+
+fn search(dir: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    let read = || -> std::io::Result<Vec<_>> { std::fs::read_dir(dir)?.collect() };
+    let mut entries = read().with_context(|| format!("cannot list `{}`", dir.display()))?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let (kind, path) = (entry.file_type()?, entry.path());
+        let image = path.extension().and_then(|e| e.to_str()).is_some_and(|e| {
+            ["jpg", "jpeg", "png", "webp", "bmp"].iter().any(|known| e.eq_ignore_ascii_case(known))
+        });
+        if kind.is_dir() && !entry.file_name().as_encoded_bytes().starts_with(b".") {
+            search(&path, files)?;
+        } else if kind.is_file() && image {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<PathBuf>) -> anyhow::Result<ExitCode> {
+    let metrics = Metrics::new();
+    let max_frame = settings.encode.max_frame.as_u64();
+    let encoder = Encoder::start(settings.encode.workers, max_frame, metrics.clone());
+    let publisher = Publisher::new(&settings.engine, settings.engine_secrets(), &settings.publish, metrics)?;
+    let background = CancellationToken::new();
+    let bar = progress_bar(files.len() as u64);
+    let (total, started) = (files.len(), Instant::now());
+    let mut failed: Vec<(PathBuf, String)> = Vec::new();
+
+    let work = async {
+        let at_once = settings.publish.max_in_flight + 2;
+        let mut results = futures_util::stream::iter(files)
+            .map(|path| async {
+                let result = publish_one(&encoder, &publisher, &detector, &path, max_frame).await;
+                (path, result)
+            })
+            .buffer_unordered(at_once);
+        let mut progress = Instant::now();
+        loop {
+            let next = tokio::select! {
+                next = results.next() => next,
+                _ = tokio::signal::ctrl_c() => { publisher.stop(); continue }
+                () = tokio::time::sleep_until(progress + GIVE_UP_AFTER) => {
+                    bar.suspend(|| tracing::error!("nothing accepted for {GIVE_UP_AFTER:?}; giving up on the rest"));
+                    publisher.stop();
+                    progress = Instant::now() + GIVE_UP_AFTER;
+                    continue
+                }
+            };
+            match next {
+                None => break,
+                Some((_, Ok(()))) => progress = Instant::now(),
+                Some((path, Err(why))) => failed.push((path, why)),
+            }
+            bar.inc(1);
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        () = publisher.run(background.clone()) => {}
+    }
+    background.cancel();
+    bar.finish_and_clear();
+    summary(total, started.elapsed(), &failed)
+}
+
+async fn publish_one(
+    encoder: &Encoder,
+    publisher: &Publisher,
+    detector: &Arc<Detector>,
+    path: &Path,
+    max_frame: u64,
+) -> Result<(), String> {
+    let (detector, owned) = (detector.clone(), path.to_owned());
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let take = Box::new(move |buffer: &mut Vec<u8>| match read(&owned, max_frame, detector, buffer) {
+        Ok(frame) => Taken::Frame(frame, Receipt::new(|_| {})),
+        Err(error) => {
+            // The receiver outlives the encoder's answer.
+            drop(tell.send(format!("{error:#}")));
+            Taken::Gone
+        }
+    });
+    match encoder.encode(take).await {
+        Encoded::Gone => Err(told.try_recv().unwrap_or_else(|_| "could not be read".into())),
+        Encoded::Flawed { refusal, receipt, .. } => {
+            drop(receipt);
+            Err(format!("{}: {}", refusal.reason, refusal.message))
+        }
+        Encoded::Ready { frame, body, receipt } => {
+            let outcome = publisher.publish(&frame, body.bytes(), || {}).await;
+            drop(receipt);
+            match outcome {
+                Outcome::Accepted => Ok(()),
+                Outcome::Refused(refusal) => Err(format!("{}: {}", refusal.reason, refusal.message)),
+                Outcome::Released => Err(format!("not accepted: engine {}", publisher.status().describe())),
+            }
+        }
+    }
+}
+
+fn read(path: &Path, max_frame: u64, detector: Arc<Detector>, buffer: &mut Vec<u8>) -> anyhow::Result<Frame> {
+    let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits())?;
+    let file = File::options().read(true).custom_flags(nonblock).open(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        bail!("not a regular file");
+    }
+    if meta.len() > max_frame {
+        bail!("too-large: {} bytes; encode.max_frame is {max_frame}", meta.len());
+    }
+    file.take(max_frame + 1).read_to_end(buffer)?;
+    Ok(Frame {
+        id: FrameId::generate(),
+        detector,
+        detect_time: Timestamp::try_from(meta.modified()?)?,
+        received_at: Timestamp::now(),
+        noticed: Instant::now(),
+        source: SourceKind::CommandLine,
+        original_name: OsString::from(path),
+        image_bytes: buffer.len() as u64,
+    })
+}
+
+fn progress_bar(total: u64) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let style = ProgressStyle::with_template("{bar:40.cyan} {pos}/{len} ({per_sec}, {eta} left)");
+    ProgressBar::with_draw_target(Some(total), target).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn summary(total: usize, took: Duration, failed: &[(PathBuf, String)]) -> anyhow::Result<ExitCode> {
+    use std::fmt::Write as _;
+    let mut text = format!("{} of {total} published in {:.1} s\n", total - failed.len(), took.as_secs_f64());
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    for (path, why) in failed.iter().take(LISTED_MAX) {
+        writeln!(text, "  failed: {}: {why}", path.display().to_string().escape_debug())?;
+    }
+    for (_, why) in failed {
+        *reasons.entry(why.split(':').next().unwrap_or(why)).or_default() += 1;
+    }
+    if failed.len() > LISTED_MAX {
+        writeln!(text, "  … and {} more", failed.len() - LISTED_MAX)?;
+    }
+    for (reason, count) in reasons {
+        writeln!(text, "{count} × {reason}")?;
+    }
+    super::print(&text)?;
+    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

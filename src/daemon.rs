@@ -1,0 +1,508 @@
+//! The daemon: builds everything, owns every task, and ends it in order: start → run → reload → drain → deadline.
+//!
+//! Not here: what a frame goes through (`pipeline`), what a signal or a command line means (`cli`).
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{self, Settings};
+use crate::control::{Answer, Request};
+use crate::encode::Encoder;
+use crate::metrics::{DetectorCounts, Metrics};
+use crate::notify::{Beat, Notify, Watchdog};
+use crate::pipeline::{self, Stages};
+use crate::publish::{EngineStatus, Publisher};
+use crate::queue::{self, Intake};
+use crate::settle::dead_letter::DeadLetters;
+use crate::source::{self, Entry, Health, directory};
+use crate::{admin, control, log};
+
+/// Histograms fold their samples, gauges of the engine follow, the dead letters' janitor looks.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+/// How often old dead letters are looked for.
+const TIDY_EVERY: Duration = Duration::from_secs(60);
+/// After the deadline: time for answers already on their way and for sources to take frames back.
+const RELEASE_GRACE: Duration = Duration::from_secs(3);
+/// Control requests that may wait for the daemon's turn.
+const REQUESTS_MAX: usize = 16;
+
+/// What [`Daemon::start`] needs besides the settings.
+pub struct Surroundings {
+    /// Read again at a reload; `None` where there is no file (the demo).
+    pub config_file: Option<PathBuf>,
+    /// Changes the log level at a reload.
+    pub log: Option<log::Handle>,
+    /// systemd, where it listens.
+    pub notify: Notify,
+}
+
+/// A running daemon.
+pub struct Daemon {
+    settings: Settings,
+    surroundings: Surroundings,
+    shared: Arc<Shared>,
+    intake: Intake,
+    sources: Vec<Source>,
+    source_tasks: JoinSet<()>,
+    pipeline: JoinSet<()>,
+    services: JoinSet<()>,
+    stop_pipeline: CancellationToken,
+    stop_services: CancellationToken,
+    requests: mpsc::Receiver<(Request, oneshot::Sender<Answer>)>,
+    beat: Beat,
+}
+
+/// What the admin server and `/status` read while the daemon runs.
+struct Shared {
+    metrics: Arc<Metrics>,
+    publisher: Arc<Publisher>,
+    dead_letters: Arc<DeadLetters>,
+    admin: SocketAddr,
+    started: Instant,
+    sources: Mutex<Vec<(Arc<Entry>, Health)>>,
+    watchdog: Watchdog,
+}
+
+/// One running source.
+struct Source {
+    entry: Arc<Entry>,
+    health: Health,
+    stop: CancellationToken,
+    task: AbortHandle,
+}
+
+/// The `/status` document.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names are the documentation of the JSON")]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    pub uptime_seconds: u64,
+    pub admin: SocketAddr,
+    pub engine: EngineStatus,
+    pub sources: Vec<SourceStatus>,
+    pub detectors: Vec<DetectorStatus>,
+    pub dead_letters: u64,
+    pub dead_letter_bytes: u64,
+}
+
+/// One `[[detectors]]` entry in `/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names are the documentation of the JSON")]
+pub struct SourceStatus {
+    pub name: String,
+    pub path: PathBuf,
+    /// Why it cannot deliver; `null` while it can.
+    pub held: Option<String>,
+    /// Longer than `silence_alarm` without a frame.
+    pub silent: bool,
+}
+
+/// One detector in `/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names are the documentation of the JSON")]
+pub struct DetectorStatus {
+    pub name: String,
+    pub counts: DetectorCounts,
+}
+
+impl Daemon {
+    /// Builds everything and starts it. The directories need not exist yet and the engine may be away.
+    ///
+    /// # Errors
+    /// What cannot heal by itself: the admin address is taken, the dead-letter directory cannot be made, the TLS settings are unusable.
+    pub async fn start(settings: Settings, surroundings: Surroundings) -> anyhow::Result<Self> {
+        let metrics = Metrics::new();
+        let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
+        let publisher = Publisher::new(&settings.engine, settings.engine_secrets(), &settings.publish, metrics.clone())
+            .context("cannot set up publishing to the engine")?;
+        let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
+        let listener = TcpListener::bind(&settings.admin.listen)
+            .await
+            .with_context(|| format!("cannot listen on admin.listen = \"{}\"", settings.admin.listen))?;
+        let admin = listener.local_addr()?;
+        let (intake, outlet) = queue::queue(settings.encode.memory.as_u64(), &metrics);
+        let watchdog = Watchdog::new();
+        let stop_pipeline = CancellationToken::new();
+        let stop_services = CancellationToken::new();
+
+        let shared = Arc::new(Shared {
+            metrics: metrics.clone(),
+            publisher: publisher.clone(),
+            dead_letters: dead_letters.clone(),
+            admin,
+            started: Instant::now(),
+            sources: Mutex::default(),
+            watchdog: watchdog.clone(),
+        });
+        let stages = Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
+        let mut pipeline = JoinSet::new();
+        pipeline.spawn(pipeline::run(outlet, Arc::new(stages), watchdog.register("pipeline")));
+
+        let (ask, requests) = mpsc::channel(REQUESTS_MAX);
+        let mut services = JoinSet::new();
+        services.spawn({
+            let stop = stop_services.clone();
+            async move { publisher.run(stop).await }
+        });
+        services.spawn(upkeep(shared.clone(), stop_services.clone()));
+        services.spawn(admin::serve(listener, Arc::new(view(&shared)), stop_services.clone()));
+        if surroundings.config_file.is_some() {
+            services.spawn(serve_control(settings.admin.control.clone(), ask, stop_services.clone()));
+        }
+        let mut daemon = Self {
+            beat: watchdog.register("daemon"),
+            settings,
+            surroundings,
+            shared,
+            intake,
+            sources: Vec::new(),
+            source_tasks: JoinSet::new(),
+            pipeline,
+            services,
+            stop_pipeline,
+            stop_services,
+            requests,
+        };
+        daemon.start_retries();
+        for entry in daemon.settings.detectors.clone() {
+            daemon.start_source(entry);
+        }
+        daemon.shared.metrics.gauge("config_last_reload_success_timestamp_seconds", &[]).set(now_seconds());
+        for result in ["success", "failure"] {
+            daemon.shared.metrics.counter("config_reloads_total", &[("result", result)]).absolute(0);
+        }
+        Ok(daemon)
+    }
+
+    /// The metrics of this daemon.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.shared.metrics.clone()
+    }
+
+    /// Where `/metrics` is served.
+    pub fn admin(&self) -> SocketAddr {
+        self.shared.admin
+    }
+
+    /// The status of this moment.
+    pub fn status(&self) -> Status {
+        self.shared.status()
+    }
+
+    /// Answers control requests until `stop` is cancelled; `reload` is told of each SIGHUP. Tells systemd how it goes.
+    pub async fn run(&mut self, stop: CancellationToken, mut reload: mpsc::Receiver<()>) {
+        self.surroundings.notify.ready(&self.shared.headline());
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let mut said = String::new();
+        let mut control_open = true;
+        loop {
+            self.beat.tick();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some(()) = reload.recv() => { self.reload_from_file(); }
+                request = self.requests.recv(), if control_open => match request {
+                    Some((request, reply)) => {
+                        let answer = self.answer(request);
+                        // Whoever asked may have gone; the work is done all the same.
+                        drop(reply.send(answer));
+                    }
+                    None => control_open = false,
+                },
+                _ = tick.tick() => {
+                    while let Some(joined) = self.source_tasks.try_join_next() { note_end("source", joined); }
+                    while let Some(joined) = self.services.try_join_next() { note_end("service", joined); }
+                    let headline = self.shared.headline();
+                    if headline != said {
+                        self.surroundings.notify.status(&headline);
+                        said = headline;
+                    }
+                    self.shared.watchdog.ping(&self.surroundings.notify);
+                }
+            }
+        }
+    }
+
+    /// Takes nothing more, publishes what is in hand until the deadline, gives the rest back. `hurry` cancelled ends at once.
+    pub async fn stop(mut self, hurry: CancellationToken) {
+        self.surroundings.notify.stopping();
+        tracing::info!(deadline = ?self.settings.shutdown.deadline, "stopping: nothing more is taken; frames in hand are published until the deadline");
+        for source in &self.sources {
+            source.stop.cancel();
+        }
+        self.stop_pipeline.cancel();
+        let deadline = Instant::now() + self.settings.shutdown.deadline;
+        let drained = {
+            let sources = async { while self.source_tasks.join_next().await.is_some() {} };
+            let frames = async { while self.pipeline.join_next().await.is_some() {} };
+            let engine = self.shared.publisher.clone();
+            tokio::select! {
+                ((), ()) = async { tokio::join!(frames, sources) } => true,
+                () = tokio::time::sleep_until(deadline) => false,
+                () = hurry.cancelled() => false,
+                () = engine.paused() => false,
+            }
+        };
+        if !drained {
+            tracing::info!("giving frames without an answer back to their sources");
+            self.shared.publisher.stop();
+            let rest = async {
+                while self.pipeline.join_next().await.is_some() {}
+                while self.source_tasks.join_next().await.is_some() {}
+            };
+            if tokio::time::timeout(RELEASE_GRACE, rest).await.is_err() {
+                // Receipts drop with the pipeline's tasks: their sources see them released.
+                self.pipeline.shutdown().await;
+                let sources = async { while self.source_tasks.join_next().await.is_some() {} };
+                if tokio::time::timeout(RELEASE_GRACE, sources).await.is_err() {
+                    tracing::warn!("a source did not end in time; what it held is found again at the next start");
+                }
+            }
+        }
+        self.stop_services.cancel();
+        let services = async { while self.services.join_next().await.is_some() {} };
+        drop(tokio::time::timeout(RELEASE_GRACE, services).await);
+        tracing::info!("stopped");
+    }
+
+    fn start_source(&mut self, entry: Entry) {
+        let entry = Arc::new(entry);
+        let health = Health::default();
+        let stop = CancellationToken::new();
+        let task = self.source_tasks.spawn(directory::run(
+            entry.clone(),
+            self.intake.clone(),
+            self.shared.metrics.clone(),
+            self.settings.encode.max_frame.as_u64(),
+            health.clone(),
+            stop.clone(),
+        ));
+        self.sources.push(Source { entry, health, stop, task });
+        self.publish_sources();
+    }
+
+    /// Dead letters that an operator sent back are a source too; it lives as long as the daemon.
+    fn start_retries(&mut self) {
+        let stop = self.stop_pipeline.child_token();
+        let (letters, intake, metrics) =
+            (self.shared.dead_letters.clone(), self.intake.clone(), self.shared.metrics.clone());
+        self.source_tasks.spawn(source::retry::run(letters, intake, metrics, stop));
+    }
+
+    /// Lets `/status` and `/readyz` see the sources of now.
+    fn publish_sources(&self) {
+        let now = self.sources.iter().map(|s| (s.entry.clone(), s.health.clone())).collect();
+        *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner) = now;
+    }
+
+    fn answer(&mut self, request: Request) -> Answer {
+        match request {
+            Request::Reload => self.reload_from_file(),
+            Request::Status => match serde_json::to_value(self.shared.status()) {
+                Ok(data) => Answer { ok: true, message: String::new(), data },
+                Err(error) => Answer { ok: false, message: error.to_string(), data: serde_json::Value::Null },
+            },
+        }
+    }
+
+    fn reload_from_file(&mut self) -> Answer {
+        let Some(path) = self.surroundings.config_file.clone() else {
+            return Answer { ok: false, message: "this daemon has no configuration file".into(), data: serde_json::Value::Null };
+        };
+        self.surroundings.notify.reloading();
+        let result = self.reload(&path);
+        self.surroundings.notify.ready(&self.shared.headline());
+        let label = if result.is_ok() { "success" } else { "failure" };
+        self.shared.metrics.counter("config_reloads_total", &[("result", label)]).increment(1);
+        match result {
+            Ok(message) => {
+                self.shared.metrics.gauge("config_last_reload_success_timestamp_seconds", &[]).set(now_seconds());
+                tracing::info!("configuration reloaded: {message}");
+                Answer { ok: true, message, data: serde_json::Value::Null }
+            }
+            Err(error) => {
+                let message = format!("{error:#}");
+                tracing::error!("the new configuration is refused, the old one goes on: {message}");
+                Answer { ok: false, message, data: serde_json::Value::Null }
+            }
+        }
+    }
+
+    /// Applies what changed and leaves alone what did not. Nothing is applied unless all of it can be.
+    fn reload(&mut self, path: &Path) -> anyhow::Result<String> {
+        let loaded = config::load(path, &config::Environment::from_process()).map_err(|problems| anyhow::anyhow!("{problems}"))?;
+        for warning in &loaded.warnings {
+            tracing::warn!("{warning}");
+        }
+        let new = loaded.settings;
+        let changes = config::diff(&self.settings, &new);
+        if changes.engine || changes.publish {
+            self.shared
+                .publisher
+                .reconfigure(&new.engine, new.engine_secrets(), &new.publish)
+                .context("cannot set up publishing to the engine")?;
+        }
+        if let Some(log) = &self.surroundings.log {
+            log.set(&new.log)?;
+        }
+        self.shared.dead_letters.reconfigure(new.dead_letter.max_size.as_u64(), new.dead_letter.max_age);
+        self.intake.set_budget(new.encode.memory.as_u64());
+        let (gone, kept): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.sources).into_iter().partition(|source| !new.detectors.contains(&source.entry));
+        self.sources = kept;
+        for source in &gone {
+            // It settles what it has in hand, gives the rest back, and ends by itself.
+            source.stop.cancel();
+        }
+        let mut added = 0;
+        for entry in &new.detectors {
+            if !self.sources.iter().any(|source| *source.entry == *entry) {
+                self.start_source(entry.clone());
+                added += 1;
+            }
+        }
+        self.publish_sources();
+        let mut message = format!(
+            "{} detector entries unchanged, {added} started, {} stopped",
+            self.sources.len() - added,
+            gone.len()
+        );
+        if !changes.needs_restart.is_empty() {
+            message += &format!("; needs a restart to take effect: {}", changes.needs_restart.join(", "));
+        }
+        self.settings = new;
+        Ok(message)
+    }
+}
+
+impl Shared {
+    fn sources(&self) -> Vec<(Arc<Entry>, Health)> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn status(&self) -> Status {
+        let detectors: Vec<_> = self
+            .metrics
+            .detectors()
+            .iter()
+            .map(|d| DetectorStatus { name: d.name.to_string(), counts: d.counts() })
+            .collect();
+        let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            admin: self.admin,
+            engine: self.publisher.status(),
+            sources: self.sources().iter().map(|(entry, health)| self.source_status(entry, health, &detectors)).collect(),
+            detectors,
+            dead_letters,
+            dead_letter_bytes,
+        }
+    }
+
+    fn source_status(&self, entry: &Entry, health: &Health, detectors: &[DetectorStatus]) -> SourceStatus {
+        let last = detectors.iter().find(|d| d.name == entry.name).and_then(|d| d.counts.last_frame_ms);
+        let quiet = last.map_or(self.started.elapsed(), |last| {
+            Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - last).unwrap_or(0))
+        });
+        SourceStatus {
+            name: entry.name.clone(),
+            path: entry.directory.path.clone(),
+            held: health.held(),
+            silent: entry.silence_alarm.is_some_and(|alarm| quiet > alarm),
+        }
+    }
+
+    /// One line for `systemctl status`.
+    fn headline(&self) -> String {
+        let counts = self.metrics.detectors().iter().map(|d| d.counts()).fold((0, 0), |(published, pending), c| {
+            (published + c.published, pending + c.pending)
+        });
+        let held = self.sources().iter().filter(|(_, health)| health.held().is_some()).count();
+        let mut line = format!("engine {}; {} published, {} pending", self.publisher.status().state, counts.0, counts.1);
+        if held > 0 {
+            line += &format!("; {held} detectors held");
+        }
+        line
+    }
+}
+
+fn view(shared: &Arc<Shared>) -> admin::View {
+    let (alive, ready, status) = (shared.clone(), shared.clone(), shared.clone());
+    admin::View {
+        metrics: shared.metrics.clone(),
+        alive: Box::new(move || alive.watchdog.check()),
+        ready: Box::new(move || {
+            let held = |(entry, health): &(Arc<Entry>, Health)| health.held().map(|why| format!("detector {}: {why}", entry.name));
+            let mut reasons: Vec<_> = ready.sources().iter().filter_map(held).collect();
+            if let Err(error) = ready.dead_letters.usable() {
+                reasons.push(format!("dead_letter.directory: {error}"));
+            }
+            reasons
+        }),
+        status: Box::new(move || serde_json::to_value(status.status()).unwrap_or_default()),
+    }
+}
+
+/// Everything that is done now and then.
+async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
+    let mut every = tokio::time::interval(UPKEEP_EVERY);
+    let mut tidied: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = every.tick() => {}
+        }
+        shared.metrics.upkeep();
+        if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
+            tidied = Some(Instant::now());
+            let letters = shared.dead_letters.clone();
+            match tokio::task::spawn_blocking(move || letters.tidy()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::warn!("cannot tidy the dead letters: {error:#}"),
+                Err(error) => tracing::error!("tidying the dead letters failed: {error}"),
+            }
+        }
+    }
+}
+
+/// The control socket is a convenience: without it the daemon works, and says so.
+async fn serve_control(path: PathBuf, ask: mpsc::Sender<(Request, oneshot::Sender<Answer>)>, stop: CancellationToken) {
+    let handler: control::Handler = Arc::new(move |request| {
+        let ask = ask.clone();
+        Box::pin(async move {
+            let (reply, answer) = oneshot::channel();
+            let gone = |()| Answer { ok: false, message: "the daemon is stopping".into(), data: serde_json::Value::Null };
+            if ask.send((request, reply)).await.is_err() {
+                return gone(());
+            }
+            answer.await.unwrap_or_else(|_| gone(()))
+        })
+    });
+    if let Err(error) = control::serve(&path, handler, stop).await {
+        tracing::error!("no control socket: `framegate reload` and `status` cannot reach this daemon: {error:#}");
+    }
+}
+
+fn note_end(what: &str, joined: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = joined {
+        tracing::error!(%error, "a {what} task failed");
+    }
+}
+
+fn now_seconds() -> f64 {
+    Timestamp::now().as_millisecond() as f64 / 1e3
+}
