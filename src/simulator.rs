@@ -4,7 +4,9 @@
 //! accepted, and breaks as it is told to. It is not the engine: it recognises nobody. Nothing else of Framegate is used in here, so that
 //! a mistake cannot be made on both sides at once.
 
+mod answer;
 mod check;
+mod engine;
 pub mod faces;
 mod faults;
 mod records;
@@ -12,62 +14,42 @@ mod tls;
 mod token;
 mod wire;
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, UNIX_EPOCH};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::Context as _;
-use arc_swap::ArcSwap;
-use aws_lc_rs::digest;
-use bytes::{Bytes, BytesMut};
-use fastrand::Rng;
-use futures_util::stream;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, DATE, LOCATION};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt as _, Either, Full, StreamBody};
-use hyper::body::{Body as _, Frame, Incoming};
+use http::StatusCode;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use jiff::{SignedDuration, Timestamp};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use records::Records;
+use engine::{Engine, Line};
 
 pub use faults::{Action, Faults, Redirect, Reply};
 pub use records::{Accepted, Arrival, Call, Counts, busiest};
 pub use tls::Certificate;
 
-/// Largest request body read, bytes.
-const BODY_MAX: usize = 64 << 20;
+/// HTTP/1.1 reads at most this much at once, bytes.
+const READ_BUFFER: usize = 256 << 10;
+/// HTTP/2 flow control: what one request, and what one connection may send unread, bytes.
+const WINDOWS: (u32, u32) = (1 << 20, 16 << 20);
 /// A TLS handshake has this long.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// Connections waiting to be accepted.
 const BACKLOG: u32 = 1024;
 /// Pause after a failed accept: no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// Time between the bytes of [`Action::Trickle`].
-const TRICKLE_EVERY: Duration = Duration::from_secs(1);
-/// Length of the answer of [`Action::Trickle`], bytes.
-const TRICKLE_BYTES: usize = 3600;
-/// Length of the answer of [`Action::Flood`], bytes.
-const FLOOD_BYTES: usize = 1 << 30;
-/// One piece of it.
-static FLOOD_PIECE: [u8; 64 << 10] = [b' '; 64 << 10];
-/// Where the control calls live.
-const CONTROL: &str = "/__simulator/";
 
 /// How a simulator starts.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent switches, named where they are set")]
 pub struct Options {
     /// The address; port 0 takes a free one.
     pub listen: SocketAddr,
@@ -81,6 +63,8 @@ pub struct Options {
     pub tls: Option<Certificate>,
     /// Whether HTTP/2 is spoken too.
     pub http2: bool,
+    /// An HTTP/1.1 connection without a request is closed after this time.
+    pub idle: Duration,
     /// Whether images have to begin like images.
     pub images_only: bool,
     /// Whether accepted frames are hashed and remembered; counts are kept anyway.
@@ -102,6 +86,7 @@ impl Default for Options {
             password: "simulated".into(),
             tls: None,
             http2: true,
+            idle: Duration::from_mins(1),
             images_only: true,
             keep: true,
             control: false,
@@ -319,7 +304,7 @@ async fn accept(engine: Arc<Engine>, listener: TcpListener, stop: CancellationTo
 
 /// Serves one connection until it ends or is cut.
 async fn connection(engine: Arc<Engine>, stream: TcpStream) {
-    engine.note(|records| records.counts.connections += 1);
+    let _open = Open::enter(&engine);
     let cut = engine.lines.lock().expect("lines lock").child_token();
     if stream.set_nodelay(true).is_err() {
         return; // gone already
@@ -349,523 +334,32 @@ async fn exchange(engine: &Arc<Engine>, wire: impl AsyncRead + AsyncWrite + Unpi
         async move { Ok::<_, Infallible>(engine.answer(request, &line).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).max_buf_size(256 << 10);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(16 << 20);
+    let mut http1 = builder.http1();
+    http1.timer(TokioTimer::new()).header_read_timeout(engine.options.idle).max_buf_size(READ_BUFFER);
+    let mut http2 = builder.http2();
+    http2.timer(TokioTimer::new()).initial_stream_window_size(WINDOWS.0).initial_connection_window_size(WINDOWS.1);
     let builder = if engine.options.http2 { builder } else { builder.http1_only() };
     // How a connection ends is the client's affair.
     drop(builder.serve_connection(TokioIo::new(wire), service).await);
 }
 
-/// What a request can do to its connection.
-#[derive(Clone)]
-struct Line {
-    cut: CancellationToken,
-    plain: Option<Arc<TcpStream>>,
-}
+/// A connection that has not ended.
+struct Open<'a>(&'a Engine);
 
-impl Line {
-    async fn cut(&self, engine: &Engine) -> ! {
-        engine.note(|records| records.counts.cut += 1);
-        self.cut.cancel();
-        std::future::pending().await
-    }
-}
-
-type Answer = Response<Either<Full<Bytes>, UnsyncBoxBody<Bytes, Infallible>>>;
-
-/// What all connections share.
-struct Engine {
-    options: Options,
-    tls: Option<tls::Tls>,
-    faults: ArcSwap<Faults>,
-    /// Held while the faults are changed, so that no change is lost.
-    changing: Mutex<()>,
-    script: Mutex<VecDeque<Action>>,
-    tokens: token::Tokens,
-    records: Mutex<Records>,
-    changed: Notify,
-    held: watch::Sender<bool>,
-    rng: Mutex<Rng>,
-    /// What the rate fault has left, and when that was so.
-    allowance: Mutex<(f64, Instant)>,
-    /// Parent of every connection's token.
-    lines: Mutex<CancellationToken>,
-}
-
-impl Engine {
-    fn new(options: Options, tls: Option<tls::Tls>) -> Self {
-        let secret = Rng::new().u128(..).to_be_bytes();
-        Self {
-            tls,
-            faults: ArcSwap::from_pointee(options.faults.clone()),
-            changing: Mutex::new(()),
-            script: Mutex::new(VecDeque::new()),
-            tokens: token::Tokens::new(&secret),
-            records: Mutex::new(Records::default()),
-            changed: Notify::new(),
-            held: watch::Sender::new(false),
-            rng: Mutex::new(Rng::with_seed(options.seed)),
-            allowance: Mutex::new((0.0, Instant::now())),
-            lines: Mutex::new(CancellationToken::new()),
-            options,
-        }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Faults)) {
-        let _changing = self.changing.lock().expect("changing lock");
-        let mut faults = Faults::clone(&self.faults.load());
-        change(&mut faults);
-        self.faults.store(Arc::new(faults));
-    }
-
-    fn hold(&self, hold: bool) {
-        self.held.send_replace(hold);
-    }
-
-    fn cut_connections(&self) {
-        let lines = std::mem::take(&mut *self.lines.lock().expect("lines lock"));
-        lines.cancel();
-    }
-
-    fn records(&self) -> MutexGuard<'_, Records> {
-        self.records.lock().expect("records lock")
-    }
-
-    fn note(&self, note: impl FnOnce(&mut Records)) {
-        note(&mut self.records());
-        self.changed.notify_waiters();
-    }
-
-    fn violated(&self, message: String) {
-        self.note(|records| records.violated(message));
-    }
-
-    /// Answers any request at all.
-    async fn answer(&self, request: Request<Incoming>, line: &Line) -> Answer {
-        let arrival = Instant::now();
-        let (parts, body) = request.into_parts();
-        if self.options.control
-            && let Some(command) = parts.uri.path().strip_prefix(CONTROL)
-        {
-            let Ok(body) = read(&parts.headers, body).await else { return status(StatusCode::PAYLOAD_TOO_LARGE) };
-            return self.control(&parts.method, command, &body);
-        }
-        let call = self.call(&parts);
-        self.note(|records| records.arrived(call, arrival));
-        let faults = self.faults.load_full();
-        let mut answer = match call {
-            Call::Publish => self.publish(&parts.headers, body, arrival, &faults, line).await,
-            Call::Authenticate | Call::Renew | Call::Unknown => match read(&parts.headers, body).await {
-                Err(_) => status(StatusCode::BAD_REQUEST),
-                Ok(body) => elsewhere(&faults).unwrap_or_else(|| match call {
-                    Call::Authenticate => self.authenticate(&parts.headers, &body, &faults),
-                    Call::Renew => self.renew(&parts.headers, &faults),
-                    Call::Publish | Call::Unknown => self.unknown(&parts),
-                }),
-            },
-        };
-        if faults.clock_offset_seconds != 0 {
-            answer.headers_mut().insert(DATE, date(clock_offset(&faults)));
-        }
-        self.note(|records| *records.counts.statuses.entry(answer.status().as_u16()).or_default() += 1);
-        answer
-    }
-
-    fn call(&self, parts: &http::request::Parts) -> Call {
-        let path = parts.uri.path().strip_prefix(&*self.options.prefix);
-        match (&parts.method, path, parts.uri.query()) {
-            (&Method::POST, Some("/api/v1/faceEdge/publish"), None) => Call::Publish,
-            (&Method::POST, Some("/api/v1/authenticate"), None) => Call::Authenticate,
-            (&Method::GET, Some("/api/v1/renewToken"), None) => Call::Renew,
-            _ => Call::Unknown,
-        }
-    }
-
-    fn unknown(&self, parts: &http::request::Parts) -> Answer {
-        self.violated(format!("no such call: {} {}", parts.method, parts.uri));
-        status(StatusCode::NOT_FOUND)
-    }
-
-    fn authenticate(&self, headers: &HeaderMap, body: &[u8], faults: &Faults) -> Answer {
-        let given = match check::credentials(headers, body) {
-            Ok(given) => given,
-            Err(flaw) => return self.refuse(format!("authenticate: {flaw}")),
-        };
-        if let Some(status) = faults.login_status {
-            return reply(&faults.error(status));
-        }
-        if given != [&*self.options.username, &*self.options.password] {
-            return message(StatusCode::UNAUTHORIZED, "bad credentials");
-        }
-        self.token(faults)
-    }
-
-    fn renew(&self, headers: &HeaderMap, faults: &Faults) -> Answer {
-        let live = match check::bearer(headers) {
-            Ok(token) => self.tokens.is_live(token),
-            Err(flaw) => {
-                self.violated(format!("renewToken: {flaw}"));
-                false
-            }
-        };
-        match faults.renew_status {
-            Some(status) => reply(&faults.error(status)),
-            None if live => self.token(faults),
-            None => message(StatusCode::UNAUTHORIZED, "the token is not valid"),
-        }
-    }
-
-    fn token(&self, faults: &Faults) -> Answer {
-        if faults.single_token {
-            self.tokens.revoke_all();
-        }
-        let user = &self.options.username;
-        let token = self.tokens.issue(user, faults.token_ttl, clock_offset(faults));
-        json(StatusCode::OK, &serde_json::json!({ "username": user, "token": token }))
-    }
-
-    fn refuse(&self, flaw: String) -> Answer {
-        let answer = message(StatusCode::BAD_REQUEST, &flaw);
-        self.violated(flaw);
-        answer
-    }
-
-    async fn publish(
-        &self,
-        headers: &HeaderMap,
-        body: Incoming,
-        arrival: Instant,
-        faults: &Faults,
-        line: &Line,
-    ) -> Answer {
-        let action = self.next_action(faults);
-        if action == Action::CutBefore {
-            line.cut(self).await;
-        }
-        let flight = InFlight::enter(self);
-        let over = self.over(faults, flight.place, arrival);
-        let body = match read(headers, body).await {
-            Ok(body) => body,
-            Err(BodyFlaw::TooLarge) => return status(StatusCode::PAYLOAD_TOO_LARGE),
-            Err(BodyFlaw::Broken) => return status(StatusCode::BAD_REQUEST), // nobody is left to read it
-        };
-        self.note(|records| records.counts.bytes += body.len() as u64);
-        if action == Action::Hang {
-            std::future::pending::<()>().await;
-        }
-        self.dawdle(faults).await;
-        let taken = self.judge(headers, &body, arrival, faults, &action, over);
-        drop(flight);
-        match taken {
-            Err(answer) => *answer,
-            Ok(()) => self.deliver(&action, line).await,
-        }
-    }
-
-    /// Takes the frame, or says how it is refused.
-    fn judge(
-        &self,
-        headers: &HeaderMap,
-        body: &[u8],
-        arrival: Instant,
-        faults: &Faults,
-        action: &Action,
-        over: Option<u16>,
-    ) -> Result<(), Box<Answer>> {
-        // The checks come first, so that a violation is seen whatever the answer will be.
-        let bearer = check::bearer(headers);
-        let frame = check::publish(headers, body, self.options.images_only);
-        for flaw in [bearer.as_ref().err(), frame.as_ref().err()].into_iter().flatten() {
-            self.violated(format!("publish: {flaw}"));
-        }
-        if let Some(elsewhere) = elsewhere(faults) {
-            return Err(Box::new(elsewhere));
-        }
-        if let Action::Answer(scripted) = action {
-            return Err(Box::new(reply(scripted)));
-        }
-        if let Some(status) = over {
-            return Err(Box::new(reply(&faults.error(status))));
-        }
-        if !bearer.is_ok_and(|token| self.tokens.is_live(token)) {
-            return Err(Box::new(message(StatusCode::UNAUTHORIZED, "the token is missing or not valid")));
-        }
-        if let Some(status) = faults.answer_all {
-            return Err(Box::new(reply(&faults.error(status))));
-        }
-        let frame = frame.map_err(|flaw: String| Box::new(message(StatusCode::BAD_REQUEST, &flaw)))?;
-        if let Some(status) = faults.by_detector.get(&*frame.detector) {
-            return Err(Box::new(reply(&faults.error(*status))));
-        }
-        let sha256 = (self.options.keep || faults.need_hash()).then(|| sha256(&frame.image));
-        if let Some(status) = sha256.and_then(|sha256| refusal(faults, &sha256)) {
-            return Err(Box::new(reply(&faults.error(status))));
-        }
-        let kept = sha256.filter(|_| self.options.keep).map(|sha256| Accepted {
-            order: 0,
-            detector: frame.detector.into_owned(),
-            zone: frame.zone.into_owned(),
-            time: frame.time,
-            sha256,
-            size: frame.image.len(),
-            arrival,
-            accepted: Instant::now(),
-        });
-        self.note(|records| records.accept(kept));
-        Ok(())
-    }
-
-    /// The 200 of an accepted frame, in the way that the action says.
-    async fn deliver(&self, action: &Action, line: &Line) -> Answer {
-        match action {
-            Action::CutAfter => line.cut(self).await,
-            Action::Trickle => endless(TRICKLE_BYTES, trickle()),
-            Action::Flood => endless(FLOOD_BYTES, flood()),
-            Action::EndlessHeaders => {
-                if let Some(wire) = &line.plain {
-                    wire::endless_headers(wire).await;
-                }
-                std::future::pending().await
-            }
-            Action::Serve | Action::Answer(_) | Action::CutBefore | Action::Hang => empty(StatusCode::OK),
-        }
-    }
-
-    fn next_action(&self, faults: &Faults) -> Action {
-        if let Some(action) = self.script.lock().expect("script lock").pop_front() {
-            return action;
-        }
-        faults.draw(&mut self.rng.lock().expect("rng lock"))
-    }
-
-    /// The status for what is beyond capacity or rate.
-    fn over(&self, faults: &Faults, place: u64, now: Instant) -> Option<u16> {
-        if faults.capacity.is_some_and(|capacity| place > capacity as u64) {
-            return Some(StatusCode::SERVICE_UNAVAILABLE.as_u16());
-        }
-        let rate = faults.rate?;
-        let mut allowance = self.allowance.lock().expect("allowance lock");
-        let (left, since) = *allowance;
-        let left = (left + now.saturating_duration_since(since).as_secs_f64() * rate).min((rate / 10.0).max(1.0));
-        let pass = left >= 1.0;
-        *allowance = (if pass { left - 1.0 } else { left }, now);
-        (!pass).then_some(StatusCode::TOO_MANY_REQUESTS.as_u16())
-    }
-
-    async fn dawdle(&self, faults: &Faults) {
-        let jitter = if faults.jitter.is_zero() {
-            Duration::ZERO
-        } else {
-            faults.jitter.mul_f64(self.rng.lock().expect("rng lock").f64())
-        };
-        let latency = faults.latency + jitter;
-        if !latency.is_zero() {
-            tokio::time::sleep(latency).await;
-        }
-        let mut held = self.held.subscribe();
-        // The sender lives as long as we do.
-        drop(held.wait_for(|held| !held).await);
-    }
-
-    fn control(&self, method: &Method, command: &str, body: &[u8]) -> Answer {
-        match (method.as_str(), command) {
-            ("GET", "counts") => json(StatusCode::OK, &self.records().counts),
-            ("GET", "accepted") => self.accepted_lines(),
-            ("GET", "faults") => json(StatusCode::OK, &**self.faults.load()),
-            ("PUT", "faults") => self.told(body, |faults: Faults| self.change(|now| *now = faults)),
-            ("POST", "script") => {
-                self.told(body, |actions: Vec<Action>| self.script.lock().expect("script lock").extend(actions))
-            }
-            ("POST", "revoke-tokens") => self.done(|| self.tokens.revoke_all()),
-            ("POST", "cut-connections") => self.done(|| self.cut_connections()),
-            ("POST", "hold") => self.done(|| self.hold(true)),
-            ("POST", "release") => self.done(|| self.hold(false)),
-            _ => message(StatusCode::NOT_FOUND, "no such control call"),
-        }
-    }
-}
-
-impl Engine {
-    fn accepted_lines(&self) -> Answer {
-        let lines: String = self
-            .records()
-            .accepted
-            .iter()
-            .map(|frame| {
-                let line = serde_json::json!({
-                    "order": frame.order, "detector": frame.detector, "zone": frame.zone,
-                    "time": frame.time.to_string(), "sha256": frame.sha256_hex(), "size": frame.size,
-                });
-                format!("{line}\n")
-            })
-            .collect();
-        typed(StatusCode::OK, "application/x-ndjson", lines)
-    }
-
-    fn told<T: serde::de::DeserializeOwned>(&self, body: &[u8], act: impl FnOnce(T)) -> Answer {
-        match serde_json::from_slice(body) {
-            Ok(told) => self.done(|| act(told)),
-            Err(error) => message(StatusCode::BAD_REQUEST, &error.to_string()),
-        }
-    }
-
-    #[expect(clippy::unused_self, reason = "reads as the other control calls")]
-    fn done(&self, act: impl FnOnce()) -> Answer {
-        act();
-        empty(StatusCode::NO_CONTENT)
-    }
-}
-
-/// A publish request between its headers and its verdict.
-struct InFlight<'a> {
-    engine: &'a Engine,
-    /// How many there are with it.
-    place: u64,
-}
-
-impl<'a> InFlight<'a> {
+impl<'a> Open<'a> {
     fn enter(engine: &'a Engine) -> Self {
-        let mut place = 0;
         engine.note(|records| {
-            records.counts.in_flight += 1;
-            place = records.counts.in_flight;
+            records.counts.connections += 1;
+            records.counts.open += 1;
         });
-        Self { engine, place }
+        Self(engine)
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.engine.note(|records| records.counts.in_flight -= 1);
+        self.0.note(|records| records.counts.open -= 1);
     }
-}
-
-enum BodyFlaw {
-    TooLarge,
-    Broken,
-}
-
-/// The whole body in one piece, copied once.
-async fn read(headers: &HeaderMap, mut body: Incoming) -> Result<Bytes, BodyFlaw> {
-    let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0usize);
-    if length > BODY_MAX {
-        return Err(BodyFlaw::TooLarge);
-    }
-    let mut whole = BytesMut::with_capacity(length);
-    while let Some(piece) = body.frame().await {
-        let Ok(piece) = piece.map_err(|_| BodyFlaw::Broken)?.into_data() else { continue };
-        if whole.is_empty() && body.is_end_stream() {
-            return Ok(piece);
-        }
-        if whole.len() + piece.len() > BODY_MAX {
-            return Err(BodyFlaw::TooLarge);
-        }
-        whole.extend_from_slice(&piece);
-    }
-    Ok(whole.freeze())
-}
-
-/// The answer of something that is not the engine: a portal or a redirect.
-fn elsewhere(faults: &Faults) -> Option<Answer> {
-    if faults.portal {
-        let page = "<!doctype html><title>Welcome</title><p>Please accept the terms of this network.";
-        return Some(typed(StatusCode::OK, "text/html; charset=utf-8", page));
-    }
-    let redirect = faults.redirect.as_ref()?;
-    let headers = vec![(LOCATION.to_string(), redirect.location.clone())];
-    Some(reply(&Reply { status: redirect.status, headers, body: String::new() }))
-}
-
-fn refusal(faults: &Faults, sha256: &[u8; 32]) -> Option<u16> {
-    if let Some(status) = faults.by_image.get(&records::hex(sha256)) {
-        return Some(*status);
-    }
-    faults.refuses(sha256).then_some(StatusCode::BAD_REQUEST.as_u16())
-}
-
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    digest::digest(&digest::SHA256, bytes).as_ref().try_into().expect("SHA-256 is 32 bytes")
-}
-
-fn clock_offset(faults: &Faults) -> SignedDuration {
-    SignedDuration::from_secs(faults.clock_offset_seconds)
-}
-
-/// Our clock with the offset, as far as a date can say it.
-fn date(offset: SignedDuration) -> HeaderValue {
-    let now = Timestamp::now().checked_add(offset).unwrap_or(Timestamp::UNIX_EPOCH);
-    let seconds = u64::try_from(now.as_second()).unwrap_or(0);
-    let text = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(seconds));
-    HeaderValue::from_str(&text).expect("a date is ASCII")
-}
-
-fn empty(status: StatusCode) -> Answer {
-    let mut answer = Response::new(Either::Left(Full::default()));
-    *answer.status_mut() = status;
-    answer
-}
-
-fn typed(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Either::Left(Full::new(body.into())));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    answer
-}
-
-fn json(status: StatusCode, body: &impl serde::Serialize) -> Answer {
-    typed(status, "application/json", serde_json::to_vec(body).expect("our own data is JSON"))
-}
-
-fn message(status: StatusCode, text: &str) -> Answer {
-    json(status, &serde_json::json!({ "message": text }))
-}
-
-fn status(status: StatusCode) -> Answer {
-    message(status, status.canonical_reason().unwrap_or_default())
-}
-
-/// An answer as it was ordered; what HTTP does not allow in it shows as 500 with the reason.
-fn reply(ordered: &Reply) -> Answer {
-    let Ok(code) = StatusCode::from_u16(ordered.status) else {
-        return message(StatusCode::INTERNAL_SERVER_ERROR, &format!("ordered status {} is none", ordered.status));
-    };
-    let mut answer = typed(code, "application/json", ordered.body.clone());
-    for (name, value) in &ordered.headers {
-        match (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-            (Ok(name), Ok(value)) => drop(answer.headers_mut().insert(name, value)),
-            (Err(_), _) | (_, Err(_)) => {
-                return message(StatusCode::INTERNAL_SERVER_ERROR, &format!("ordered header {name} is none"));
-            }
-        }
-    }
-    answer
-}
-
-fn endless(length: usize, pieces: impl stream::Stream<Item = Bytes> + Send + 'static) -> Answer {
-    use futures_util::StreamExt as _;
-    let body = StreamBody::new(pieces.map(|piece| Ok::<_, Infallible>(Frame::data(piece))));
-    let mut answer = Response::new(Either::Right(body.boxed_unsync()));
-    answer.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer
-}
-
-fn trickle() -> impl stream::Stream<Item = Bytes> {
-    stream::unfold(0, |sent| async move {
-        if sent == TRICKLE_BYTES {
-            return None;
-        }
-        tokio::time::sleep(TRICKLE_EVERY).await;
-        Some((Bytes::from_static(b" "), sent + 1))
-    })
-}
-
-fn flood() -> impl stream::Stream<Item = Bytes> {
-    stream::iter((0..FLOOD_BYTES / FLOOD_PIECE.len()).map(|_| Bytes::from_static(&FLOOD_PIECE)))
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ const SHOW_EVERY: Duration = Duration::from_secs(1);
 
 /// A stand-in for the engine, strict and with faults to order.
 #[derive(Clone, Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "independent flags of a command line")]
 #[command(after_help = "\
 Examples:
   framegate simulate-engine
@@ -52,6 +53,9 @@ pub struct Args {
     /// HTTP/1.1 only
     #[arg(long)]
     no_http2: bool,
+    /// Close HTTP/1.1 connections that have no request for this long
+    #[arg(long, value_name = "TIME", default_value = "1m", value_parser = humantime::parse_duration)]
+    idle: Duration,
     /// Path prefix, as /identities
     #[arg(long, value_name = "PATH", default_value = "", value_parser = prefix)]
     prefix: String,
@@ -121,11 +125,12 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let live = out.is_terminal();
     let mut ticks = interval(SHOW_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut interrupt = signal(SignalKind::interrupt()).context("watching for Ctrl-C")?;
     let mut terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
     let mut before = Counts::default();
     loop {
         tokio::select! {
-            result = tokio::signal::ctrl_c() => { result.context("watching for Ctrl-C")?; break }
+            _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
             _ = ticks.tick(), if live => {
                 let now = simulator.counts();
@@ -148,6 +153,7 @@ fn options(args: Args) -> Options {
         password: args.password,
         tls: args.tls.then_some(args.certificate),
         http2: !args.no_http2,
+        idle: args.idle,
         images_only: !args.any_bytes,
         keep: !args.forget,
         control: true,
@@ -210,13 +216,15 @@ fn introduce(out: &mut impl Write, simulator: &Simulator, ca: Option<&std::path:
     }
     writeln!(
         out,
-        "\n# configuration for it; the password {:?} goes into the file engine-password",
+        "\n# configuration for it; the password {} goes into the file engine-password",
         simulator.password()
     )?;
-    writeln!(out, "[engine]\nbase_url = {:?}\nusername = {:?}", simulator.base_url(), simulator.username())?;
+    writeln!(out, "[engine]")?;
+    writeln!(out, "base_url = {}", toml::Value::from(simulator.base_url()))?;
+    writeln!(out, "username = {}", toml::Value::from(simulator.username()))?;
     writeln!(out, "password_file = \"engine-password\"")?;
     if let Some(path) = ca {
-        writeln!(out, "ca_file = {path:?}")?;
+        writeln!(out, "ca_file = {}", toml::Value::from(path.to_string_lossy().into_owned()))?;
     }
     writeln!(out)?;
     out.flush()
@@ -278,4 +286,95 @@ fn prefix(text: &str) -> Result<String, String> {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-_.~".contains(&b));
     let shape = text.is_empty() || (text.starts_with('/') && !text.ends_with('/'));
     if plain && shape { Ok(text.to_owned()) } else { Err("a prefix looks like /identities".into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Line::try_parse_from(line.split_whitespace()).map(|line| line.args)
+    }
+
+    #[test]
+    fn every_fault_has_its_option() {
+        let line = "x --listen 127.0.0.1:0 --tls --prefix /identities --error-rate 0.3 --error-status 500,503 \
+            --retry-after 7 --latency 20ms --jitter 5ms --capacity 8 --rate 100 --token-ttl 4s --forbid-detector A \
+            --forbid-detector B --refuse-share 0.01 --portal --redirect http://x/ --cut-before 0.1 --cut-after 0.2 \
+            --hang-share 0.3 --seed 9 --no-http2 --any-bytes --forget --username u --password p --certificate expired";
+        let options = options(parse(line).expect("good"));
+        let expected = Faults {
+            error_rate: 0.3,
+            error_statuses: vec![500, 503],
+            retry_after: Some("7".into()),
+            latency: Duration::from_millis(20),
+            jitter: Duration::from_millis(5),
+            capacity: Some(8),
+            rate: Some(100.0),
+            token_ttl: Duration::from_secs(4),
+            by_detector: [("A".to_owned(), 403), ("B".to_owned(), 403)].into(),
+            refuse_share: 0.01,
+            portal: true,
+            redirect: Some(Redirect { status: 302, location: "http://x/".into() }),
+            cut_before: 0.1,
+            cut_after: 0.2,
+            hang: 0.3,
+            ..Faults::default()
+        };
+        assert_eq!(options.faults, expected);
+        assert_eq!((options.tls, options.http2, options.images_only), (Some(Certificate::Expired), false, false));
+        assert_eq!((options.keep, options.control, options.seed), (false, true, 9));
+        assert_eq!((&*options.username, &*options.password, &*options.prefix), ("u", "p", "/identities"));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in [
+            "x --error-rate 1.5",
+            "x --error-rate NaN",
+            "x --error-status 200",
+            "x --rate 0",
+            "x --prefix identities",
+            "x --prefix /identities/",
+            "x --ca-file a.pem",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_introduction_is_a_working_configuration() {
+        let directory = tempfile::tempdir().expect("directory");
+        let file = directory.path().join("ca.pem");
+        let mut options = options(parse("x --listen 127.0.0.1:0 --tls").expect("good"));
+        options.username = "an \"odd\" näme".into();
+        let simulator = Simulator::start(options).await.expect("start");
+        let ca = CaFile::write(&simulator.ca_pem().expect("TLS"), Some(file.clone())).expect("written");
+        let mut out = Vec::new();
+        introduce(&mut out, &simulator, Some(ca.path())).expect("introduced");
+        let text = String::from_utf8(out).expect("text");
+        let snippet: toml::Table = text.split_once("\n\n").expect("a snippet").1.parse().expect("TOML");
+        assert_eq!(snippet["engine"]["base_url"].as_str(), Some(&*simulator.base_url()));
+        assert_eq!(snippet["engine"]["username"].as_str(), Some(simulator.username()));
+        assert_eq!(snippet["engine"]["ca_file"].as_str().map(PathBuf::from), Some(file));
+        assert!(std::fs::read_to_string(ca.path()).expect("file").contains("BEGIN CERTIFICATE"));
+    }
+
+    #[test]
+    fn the_live_line_shows_the_rate_and_the_end_shows_violations() {
+        let before = Counts { accepted: 10, ..Counts::default() };
+        let now = Counts { accepted: 25, statuses: [(200, 25), (503, 4)].into(), ..Counts::default() };
+        assert!(line(&now, &before).starts_with("accepted 25 (15/s)") && line(&now, &before).contains("errors 4"));
+        let counts = Counts { violation_messages: vec!["publish: no `authorization`".into()], ..now };
+        let mut out = Vec::new();
+        conclude(&mut out, &counts, false).expect("written");
+        assert!(String::from_utf8(out).expect("text").contains("violation: publish: no `authorization`"));
+    }
 }

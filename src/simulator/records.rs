@@ -35,6 +35,8 @@ pub struct Counts {
     pub in_flight: u64,
     /// Connections so far.
     pub connections: u64,
+    /// Those of them that are open.
+    pub open: u64,
     /// Bytes of request bodies.
     pub bytes: u64,
     /// Violations of the contract.
@@ -165,7 +167,7 @@ mod tests {
             .map(|ms| Arrival { at: start + Duration::from_millis(ms), call: Call::Publish })
             .into();
         assert_eq!(busiest(&arrivals, Duration::from_millis(100)), 4);
-        assert_eq!(busiest(&arrivals, Duration::from_millis(1000)), 6);
+        assert_eq!(busiest(&arrivals, Duration::from_secs(1)), 6);
         assert_eq!(busiest(&arrivals, Duration::from_secs(10)), 8);
         assert_eq!(busiest(&[], Duration::from_secs(1)), 0);
     }

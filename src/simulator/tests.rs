@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use reqwest::header::AUTHORIZATION;
+use http::Method;
+use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
+use super::engine::sha256;
 use super::*;
 
 /// More than any of this takes on a busy machine.
@@ -291,6 +293,17 @@ async fn down_refuses_connections_and_up_takes_the_same_port() {
     simulator.release();
     assert_eq!(client.status(&token, 9).await, 200, "new connections are welcome");
     simulator.stop().await;
+}
+
+#[tokio::test]
+async fn idle_connections_are_closed() {
+    let options = Options { idle: Duration::from_millis(50), ..Options::default() };
+    let simulator = Simulator::start(options).await.expect("start");
+    let client = Client::new(&simulator);
+    let token = client.token(&simulator).await;
+    simulator.wait_for(|counts| (counts.connections, counts.open) == (1, 0), SOON).await.expect("closed by the engine");
+    assert_eq!(client.status(&token, 1).await, 200);
+    assert_eq!(simulator.counts().connections, 2);
 }
 
 #[tokio::test]

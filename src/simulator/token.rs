@@ -115,7 +115,7 @@ mod tests {
     fn the_number_of_live_tokens_is_bounded() {
         let tokens = Tokens::new(b"a secret");
         for _ in 0..LIVE_MAX + 10 {
-            tokens.issue("u", Duration::from_secs(60), SignedDuration::ZERO);
+            tokens.issue("u", Duration::from_mins(1), SignedDuration::ZERO);
         }
         assert_eq!(tokens.live.lock().expect("lock").len(), LIVE_MAX);
     }

@@ -4,9 +4,13 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+
+/// Time between headers without end.
+const HEADER_EVERY: Duration = Duration::from_millis(100);
 
 /// The half that HTTP reads and writes.
 pub(super) struct Wire(pub(super) Arc<TcpStream>);
@@ -57,7 +61,7 @@ pub(super) async fn endless_headers(wire: &TcpStream) {
         }
         if text.is_empty() {
             text = b"X-Endless: and one more header\r\n";
-            tokio::time::sleep(super::TRICKLE_EVERY / 10).await;
+            tokio::time::sleep(HEADER_EVERY).await;
         }
     }
 }
