@@ -1,4 +1,5 @@
 //! Framegate: publishes face images from drop directories to the eConnect Identities engine without losing one.
+pub mod encode;
 pub mod frame;
 pub mod metrics;
 pub mod queue;
