@@ -76,16 +76,14 @@ fn jpeg(image: &[u8]) -> Result<(), Flaw> {
     let mut at = 2;
     let mut framed = false;
     loop {
-        if *image.get(at).ok_or(CUT)? != 0xff {
-            return Err(Unsupported("JPEG with a malformed segment"));
-        }
-        // Any number of 0xff may fill the space before a marker.
-        let fill = image[at..].iter().position(|b| *b != 0xff).ok_or(CUT)?;
-        let marker = image[at + fill];
-        at += fill + 1;
+        // As decoders do: fill bytes and stray ones before a marker are passed over.
+        let mut pairs = image.get(at..).unwrap_or_default().windows(2);
+        let fill = pairs.position(|pair| pair[0] == 0xff && !matches!(pair[1], 0 | 0xff)).ok_or(CUT)?;
+        let marker = image[at + fill + 1];
+        at += fill + 2;
         match marker {
             0x01 | 0xd0..=0xd7 => continue,
-            0x00 | 0xd8 => return Err(Unsupported("JPEG with a malformed segment")),
+            0xd8 => return Err(Unsupported("JPEG with a malformed segment")),
             0xd9 => return Err(Unsupported("JPEG without a picture")),
             _ => {}
         }
@@ -283,6 +281,7 @@ pub(crate) mod tests {
             ("baseline", Format::Jpeg, a_jpeg()),
             ("progressive", Format::Jpeg, drawn(true)),
             ("thumbnail", Format::Jpeg, with_thumbnail()),
+            ("stray bytes", Format::Jpeg, [b"\xff\xd8\xff\xfe\0\x02\0\xff\0\xff\xff", &a_jpeg()[3..]].concat()),
             ("png", Format::Png, png_of(3, 2)),
             ("lossy", Format::WebP, webp_of(b"VP8 ", b"\0\0\0\x9d\x01\x2a\x03\0\x02\0\0\0")),
             ("lossless", Format::WebP, webp_of(b"VP8L", b"\x2f\0\0\0\x10\x07\x10\x11\x11\x88\x88\xfe\x07\0")),
@@ -366,7 +365,7 @@ pub(crate) mod tests {
         }
 
         #[test]
-        fn no_flipped_bits_panic(which in 0usize..9, flips in proptest::collection::vec((any::<usize>(), 0u8..8), 1..8)) {
+        fn no_flipped_bits_panic(which in 0usize..10, flips in proptest::collection::vec((any::<usize>(), 0u8..8), 1..8)) {
             let mut image = corpus().swap_remove(which).2;
             for (at, bit) in flips {
                 let at = at % image.len().min(200);

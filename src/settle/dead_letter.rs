@@ -222,6 +222,11 @@ impl Store {
         Ok(image)
     }
 
+    /// Whether there is an image of that id, also where there is no JSON.
+    pub fn has_image(&self, id: &FrameId) -> bool {
+        self.image_path(id).exists()
+    }
+
     /// Reads the image into a buffer.
     pub fn read_image(&self, id: &FrameId, buffer: &mut Vec<u8>) -> io::Result<()> {
         open_regular(&self.image_path(id))?.read_to_end(buffer).map(drop)
@@ -301,6 +306,8 @@ impl Store {
     /// Writes a pair and puts it into place; on any error nothing of it is visible.
     fn write(&self, letter: &DeadLetter, image: &[u8]) -> io::Result<(Key, u64)> {
         let json = serde_json::to_vec_pretty(letter)?;
+        // Somebody may have removed it under a running daemon.
+        self.create()?;
         let (image_file, image_meta) = self.temporary(image)?;
         let (json_file, json_meta) = self.temporary(&json)?;
         image_file.rename(&self.image_path(&letter.id))?;
@@ -450,6 +457,9 @@ impl DeadLetters {
             metrics,
             store,
         };
+        for reason in ["age", "size"] {
+            letters.metrics.counter("dead_letters_purged_total", &[("reason", reason)]).absolute(0);
+        }
         letters
             .tidy()
             .with_context(|| format!("dead_letter.directory {}: cannot be read", config.directory.display()))?;
@@ -464,7 +474,8 @@ impl DeadLetters {
     /// Keeps a frame durably. Blocking. For a frame that is kept already: does nothing. On an error nothing is visible
     /// of it, and nothing but the oldest dead letters (where there had to be room) has changed.
     pub fn keep(&self, frame: &Frame, image: &[u8], refusal: &Refusal) -> io::Result<()> {
-        if let Some(Listed::Sound(letter)) = self.store.show(&frame.id)
+        let before = self.store.show(&frame.id);
+        if let Some(Listed::Sound(letter)) = &before
             && letter.image_bytes == image.len() as u64
         {
             // Kept before a crash that may have come before the directory was on the disk.
@@ -480,6 +491,9 @@ impl DeadLetters {
         let mut kept = self.lock();
         kept.writing -= 1;
         let (key, bytes) = written?;
+        if before.is_some() {
+            forget(&mut kept, &frame.id);
+        }
         // A pass of the janitor may have seen it before this line.
         if kept.letters.insert(key, bytes).is_none() {
             kept.bytes += bytes;
@@ -763,7 +777,7 @@ pub(crate) mod tests {
     #[test]
     fn a_damaged_one_is_shown_and_replaced_when_its_frame_comes_again() {
         let dir = tempfile::tempdir().unwrap();
-        let (letters, _) = open(dir.path());
+        let (letters, metrics) = open(dir.path());
         let frame = frame();
         let keep = || letters.keep(&frame, b"abc", &refusal(Reason::Rejected)).unwrap();
         let store = letters.store();
@@ -776,10 +790,11 @@ pub(crate) mod tests {
             keep();
             damage();
             assert!(matches!(store.show(&frame.id), Some(Listed::Damaged { .. })));
-            assert_eq!(listed(store, Filter::default()), [frame.id.clone()]);
+            assert_eq!(listed(store, Filter::default()), std::slice::from_ref(&frame.id));
             assert_eq!(listed(store, Filter { reason: Some(Reason::Rejected), ..Filter::default() }), []);
             keep();
             assert!(matches!(store.show(&frame.id), Some(Listed::Sound(_))));
+            assert!(metrics.render().contains("framegate_dead_letters 1"), "and counted once");
         }
     }
 
@@ -878,6 +893,28 @@ pub(crate) mod tests {
         assert!(letters.store().remove(&id).unwrap());
         assert!(!letters.store().remove(&id).unwrap());
         assert_eq!(files(dir.path()).len(), 0);
+    }
+
+    #[test]
+    fn a_directory_that_was_removed_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = dir.path().join("dead-letter");
+        let (letters, _) = open(&directory);
+        fs::remove_dir_all(&directory).unwrap();
+        letters.tidy().unwrap();
+        let id = kept(&letters, b"abc", Reason::Rejected);
+        assert_eq!(letters.store().retry(&id).unwrap(), Retried::Moved);
+    }
+
+    #[test]
+    fn a22_where_nothing_can_be_written_keeping_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = dir.path().join("dead-letter");
+        let (letters, _) = open(&directory);
+        fs::remove_dir_all(&directory).unwrap();
+        fs::write(&directory, b"in the way").unwrap();
+        assert!(letters.keep(&frame(), b"abc", &refusal(Reason::Rejected)).is_err());
+        assert!(letters.tidy().is_err());
     }
 
     #[test]
