@@ -51,6 +51,9 @@ pub enum SourceKind {
     Directory,
     /// `framegate publish`: files named on the command line.
     CommandLine,
+    /// A dead letter that was sent back to be published: the `source` label of `frames_received_total` only; the frame
+    /// itself goes on saying where it first came from.
+    Retry,
 }
 
 impl SourceKind {
@@ -59,7 +62,15 @@ impl SourceKind {
         match self {
             SourceKind::Directory => "directory",
             SourceKind::CommandLine => "command-line",
+            SourceKind::Retry => "retry",
         }
+    }
+
+    /// Takes back what [`SourceKind::as_str`] gave.
+    pub fn parse(text: &str) -> Option<Self> {
+        [SourceKind::Directory, SourceKind::CommandLine, SourceKind::Retry]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
     }
 }
 

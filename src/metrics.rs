@@ -82,7 +82,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("settle_errors_total", C, "Files or dead letters that could not be settled at the first try, by operation."),
     ("dead_letters", G, "Dead letters kept."),
     ("dead_letter_bytes", G, "Bytes that the dead letters take."),
-    ("dead_letters_purged_total", C, "Dead letters removed, by reason: age, size or operator."),
+    ("dead_letters_purged_total", C, "Dead letters removed to keep the bounds, by reason: age or size."),
     ("config_reloads_total", C, "Reloads of the configuration, by result."),
     ("config_last_reload_success_timestamp_seconds", G, "When a configuration was last applied."),
     ("build_info", G, "1, with the version."),
@@ -246,7 +246,7 @@ pub struct DetectorCounts {
 
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
-    received: [Counter; 2],
+    received: [Counter; 3],
     dead_lettered: Vec<(Reason, Counter)>,
     dropped: Vec<(&'static str, Counter)>,
     refused: Vec<(&'static str, Counter)>,
@@ -272,7 +272,7 @@ impl DetectorMetrics {
         let source = |kind: SourceKind| counter("frames_received_total", Some(("source", kind.as_str())));
         Self {
             recorder: RecorderParts {
-                received: [source(SourceKind::Directory), source(SourceKind::CommandLine)],
+                received: [SourceKind::Directory, SourceKind::CommandLine, SourceKind::Retry].map(source),
                 dead_lettered: Reason::ALL
                     .map(|r| (r, counter("frames_dead_lettered_total", Some(("reason", r.as_str())))))
                     .into(),
@@ -300,6 +300,7 @@ impl DetectorMetrics {
         let handle = match source {
             SourceKind::Directory => &self.recorder.received[0],
             SourceKind::CommandLine => &self.recorder.received[1],
+            SourceKind::Retry => &self.recorder.received[2],
         };
         handle.increment(n);
         self.counts.received.fetch_add(n, Ordering::Relaxed);

@@ -20,7 +20,8 @@ pub enum Disposition {
 }
 
 /// Why a frame is a dead letter; the `reason` of its JSON and of the metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Reason {
     /// Not an image of a kind that the engine takes.
     Unsupported,
@@ -139,6 +140,7 @@ mod tests {
     fn reasons_parse_back() {
         for reason in Reason::ALL {
             assert_eq!(Reason::parse(reason.as_str()), Some(reason));
+            assert_eq!(serde_json::to_value(reason).unwrap(), reason.as_str());
         }
         assert_eq!(Reason::parse("whatever"), None);
     }
