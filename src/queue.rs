@@ -175,26 +175,38 @@ impl Outlet {
         loop {
             // A flood must leave the thread to others now and then.
             tokio::task::coop::consume_budget().await;
-            let mut state = self.shared.lock();
-            match state.pick() {
-                Pick::Deliver(id) => return state.deliver(id, &self.shared),
-                Pick::Pull(id, line) => {
-                    drop(state);
-                    // Not under the lock: the source has a lock of its own and may say `ready` under it.
-                    let offer = line.next();
-                    let mut state = self.shared.lock();
-                    let left = state.pulled(id, offer);
-                    drop(state);
-                    drop((left, line));
-                }
-                Pick::Wait => {
-                    drop(state);
-                    self.shared.wake.notified().await;
-                }
-                Pick::End => return None,
+            match self.look() {
+                Look::Delivery(delivery) => return Some(delivery),
+                Look::Again => {}
+                Look::Wait => self.shared.wake.notified().await,
+                Look::End => return None,
             }
         }
     }
+
+    fn look(&self) -> Look {
+        let mut state = self.shared.lock();
+        match state.pick() {
+            Pick::Deliver(id) => state.deliver(id, &self.shared).map_or(Look::Again, Look::Delivery),
+            Pick::Pull(id, line) => {
+                drop(state);
+                // Not under the lock: the source has a lock of its own and may say `ready` under it.
+                let offer = line.next();
+                let left = self.shared.lock().pulled(id, offer);
+                drop((left, line));
+                Look::Again
+            }
+            Pick::Wait => Look::Wait,
+            Pick::End => Look::End,
+        }
+    }
+}
+
+enum Look {
+    Delivery(Delivery),
+    Again,
+    Wait,
+    End,
 }
 
 /// A frame's room in the queue: its bytes, and its place among the frames ahead of publishing. Dropping it frees both.
@@ -324,6 +336,12 @@ enum Pick {
     End,
 }
 
+/// What a removed line leaves.
+struct Left {
+    _line: Option<Arc<dyn Line>>,
+    _offer: Option<Offer>,
+}
+
 impl Slot {
     fn need(&self, budget: u64) -> u64 {
         self.offer.as_ref().map_or(self.guess, charge).min(budget)
@@ -449,7 +467,7 @@ impl State {
     }
 
     /// Takes a line out; what it leaves is to be dropped without the lock.
-    fn remove(&mut self, id: u64) -> Option<(Option<Arc<dyn Line>>, Option<Offer>)> {
+    fn remove(&mut self, id: u64) -> Option<Left> {
         let slot = self.lines.get_mut(&id)?;
         match slot.turn {
             Turn::Waiting => {
@@ -459,7 +477,7 @@ impl State {
             Turn::Idle | Turn::TooFarAhead => {}
         }
         slot.turn = Turn::Idle;
-        let left = (slot.line.take(), slot.offer.take());
+        let left = Left { _line: slot.line.take(), _offer: slot.offer.take() };
         self.count_active(id);
         self.forget_if_unused(id);
         Some(left)
@@ -584,7 +602,9 @@ mod tests {
     fn turns_go_by_weight() {
         let (intake, mut outlet) = queue(MIB, &Metrics::new());
         let sources = [Source::new(&intake, "one", 1), Source::new(&intake, "three", 3)];
-        sources.iter().for_each(|s| s.push(SMALL, 1000));
+        for source in &sources {
+            source.push(SMALL, 1000);
+        }
         let mut counts = HashMap::<String, usize>::new();
         for _ in 0..400 {
             let delivery = now(&mut outlet).unwrap();
@@ -597,7 +617,9 @@ mod tests {
     fn behind_a_slow_engine_the_weights_hold_too() {
         let (intake, mut outlet) = queue(100 * MIB, &Metrics::new());
         let sources = [Source::new(&intake, "one", 1), Source::new(&intake, "three", 3)];
-        sources.iter().for_each(|s| s.push(SMALL, 1000));
+        for source in &sources {
+            source.push(SMALL, 1000);
+        }
         let mut engine: VecDeque<_> = all_now(&mut outlet).into();
         let mut published = Vec::new();
         for _ in 0..400 {
@@ -666,7 +688,9 @@ mod tests {
         other.push(SMALL, 1);
         let mut held = all_now(&mut outlet);
         // The ahead bound is not what is tested here.
-        held.iter().for_each(|d| d.lease.begun());
+        for delivery in &held {
+            delivery.lease.begun();
+        }
         held.extend(all_now(&mut outlet));
         assert_eq!(by_name(&held)["flood"], 10, "the other holds a frame, so it has a share");
         held.retain(|d| &*d.detector.name == "flood");
@@ -739,7 +763,9 @@ mod tests {
         drop(tx);
         settler.join().unwrap();
         assert_eq!(in_use(&outlet), 0);
-        threads.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+        for thread in threads {
+            drop(thread.join().unwrap());
+        }
         assert!(outlet.next().await.is_none(), "ends with the last handle");
     }
 
