@@ -258,7 +258,9 @@ mod tests {
         assert_eq!(watchdog.period(), Duration::from_secs(15));
         let (outlet, publisher) = (watchdog.watch("outlet"), watchdog.watch("publisher"));
         let look = |ticking: &[&Progress]| {
-            ticking.iter().for_each(|progress| progress.tick());
+            for progress in ticking {
+                progress.tick();
+            }
             watchdog.look();
             heard(&socket).is_some()
         };
