@@ -6,12 +6,13 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
@@ -91,9 +92,10 @@ pub async fn serve(listener: TcpListener, view: Arc<View>, stop: CancellationTok
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            Some(()) = connections.next() => {}
+            Some(_) = connections.next() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
-                Ok((stream, _)) => connections.push(connection(stream, view.clone())),
+                // A panic costs one answer.
+                Ok((stream, _)) => connections.push(AssertUnwindSafe(connection(stream, view.clone())).catch_unwind()),
                 Err(error) => {
                     tracing::debug!(%error, "the admin server could not accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -229,6 +231,17 @@ mod tests {
             let readyz = ask(address, "GET /readyz").await;
             assert!(readyz.starts_with("HTTP/1.1 503") && readyz.contains("front door: missing"), "{readyz}");
             assert!(readyz.contains("\"state\": \"unreachable\""), "{readyz}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_one_answer() {
+        let mut view = Arc::into_inner(view(Ok(()), &[])).unwrap();
+        view.ready = Box::new(|| panic!("a bug"));
+        with_server(Arc::new(view), async |address| {
+            assert_eq!(ask(address, "GET /readyz").await, "");
+            assert!(ask(address, "GET /healthz").await.starts_with("HTTP/1.1 200"));
         })
         .await;
     }

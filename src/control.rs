@@ -5,14 +5,15 @@
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -148,15 +149,17 @@ pub async fn serve(socket: Socket, handler: Handler, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            Some(()) = connections.next() => {}
+            Some(_) = connections.next() => {}
             accepted = socket.listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 Ok((stream, _)) => {
                     let handler = handler.clone();
-                    connections.push(async move {
+                    let connection = async move {
                         if let Err(error) = connection(stream, &handler).await {
                             tracing::debug!(%error, "a control connection failed");
                         }
-                    });
+                    };
+                    // A panic costs one answer.
+                    connections.push(AssertUnwindSafe(connection).catch_unwind());
                 }
                 Err(error) => {
                     tracing::debug!(%error, "the control socket could not accept a connection");
@@ -293,6 +296,35 @@ mod tests {
             assert!(ask(path, &long).unwrap_err().to_string().contains("fewer ids"));
         })
         .await;
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_is_done_even_if_the_asker_leaves() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let socket = bind(&path).unwrap();
+        let (asked, done, stop) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let (began, ended) = (asked.clone(), done.clone());
+        let (go, gone) = tokio::sync::watch::channel(false);
+        let handler: Handler = Arc::new(move |_| {
+            let (began, ended, mut gone) = (began.clone(), ended.clone(), gone.clone());
+            Box::pin(async move {
+                began.cancel();
+                gone.wait_for(|gone| *gone).await.unwrap();
+                ended.cancel();
+                Answer::done("", Value::Null)
+            })
+        });
+        let client = async {
+            let mut stream = UnixStream::connect(&path).await.unwrap();
+            stream.write_all(b"{\"command\":\"reload\"}\n").await.unwrap();
+            asked.cancelled().await;
+            drop(stream);
+            go.send_replace(true);
+            done.cancelled().await;
+            stop.cancel();
+        };
+        tokio::join!(serve(socket, handler, stop.clone()), client);
     }
 
     #[tokio::test]
