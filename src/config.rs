@@ -33,8 +33,6 @@ use layer::{ENVIRONMENT_PREFIX, Layer};
 const DETECTORS: &str = "detectors";
 /// The directory of further files, beside the first.
 const FURTHER_FILES: &str = "conf.d";
-/// Stands in for a missing `engine.base_url` while everything else is checked.
-const STAND_IN_URL: &str = "https://engine.invalid";
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -42,6 +40,7 @@ const STAND_IN_URL: &str = "https://engine.invalid";
 #[schemars(title = "Framegate configuration")]
 pub struct Settings {
     /// The engine, and how to reach it.
+    #[serde(default)]
     pub engine: publish::engine::Config,
     /// Rates, retries and concurrency.
     #[serde(default)]
@@ -132,7 +131,19 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
     let mut problems = Vec::new();
     let layers = read_layers(path, environment, &mut problems);
     let Some(layers) = layers else { return Err(Problems(problems)) };
-    let Some(mut settings) = merge(&layers, path, &mut problems) else { return Err(Problems(problems)) };
+    let mut settings = match merge(&layers) {
+        Ok(settings) => settings,
+        Err(error) => {
+            problems.push(Problem {
+                file: path.display().to_string(),
+                at: None,
+                key: String::new(),
+                wrong: format!("cannot be layered: {error:#}"),
+                right: String::new(),
+            });
+            return Err(Problems(problems));
+        }
+    };
     settings.secret_places = SecretPlaces::new(environment.credentials_directory.clone(), path);
 
     let mut warnings = Vec::new();
@@ -146,6 +157,8 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
             Severity::Problem => problems.push(problem),
         }
     }
+    // As somebody reads: file by file, from the top.
+    problems.sort_by_key(|it| (layers.iter().position(|layer| layer.file == it.file).unwrap_or(layers.len()), it.at));
     if problems.is_empty() { Ok(Loaded { settings, warnings }) } else { Err(Problems(problems)) }
 }
 
@@ -202,41 +215,18 @@ fn further_files(path: &Path, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     files
 }
 
-/// Lays the files' sections over each other and joins their detectors. `None` if that gives no settings at all.
-fn merge(layers: &[Layer], path: &Path, problems: &mut Vec<Problem>) -> Option<Settings> {
-    let mut fail = |key: &str, wrong: String, right: &str| {
-        let (key, right) = (key.to_owned(), right.to_owned());
-        problems.push(Problem { file: path.display().to_string(), at: None, key, wrong, right });
-    };
+/// Lays the files' sections over each other and joins their detectors. Every layer fits by itself, so this only fails if
+/// the layering does.
+fn merge(layers: &[Layer]) -> anyhow::Result<Settings> {
     let merged = layers.iter().try_fold(config::Config::builder(), |builder, layer| {
         let text = toml::to_string(&layer.sections)?;
         anyhow::Ok(builder.add_source(config::File::from_str(&text, config::FileFormat::Toml)))
     });
-    let merged = merged.and_then(|builder| Ok(builder.build()?.try_deserialize::<Table>()?));
-    let mut table = merged.map_err(|error| fail("", format!("cannot be layered: {error:#}"), "")).ok()?;
-
-    let engine = table.entry("engine").or_insert_with(|| Value::Table(Table::new()));
-    if let Some(engine) = engine.as_table_mut().filter(|it| !it.contains_key("base_url")) {
-        engine.insert("base_url".into(), STAND_IN_URL.into());
-        fail("engine.base_url", "missing".into(), "write for example base_url = \"https://10.0.0.123:5009\"");
-    }
-    let mut settings: Settings = Value::Table(table)
-        .try_into()
-        .map_err(|error: toml::de::Error| fail("", error.message().to_owned(), ""))
-        .ok()?;
-    settings.detectors =
-        layers.iter().flat_map(|layer| layer.detectors.iter().map(|(_, entry)| entry.clone())).collect();
-    drop_repeated(problems);
-    Some(settings)
-}
-
-/// A base URL of the wrong type is reported as that, not as missing too.
-fn drop_repeated(problems: &mut Vec<Problem>) {
-    let repeats = |i: usize| problems[i].wrong == "missing" && problems[..i].iter().any(|it| it.key == problems[i].key);
-    let last = problems.len().checked_sub(1).filter(|last| repeats(*last));
-    if let Some(last) = last.filter(|last| problems[*last].key == "engine.base_url") {
-        problems.remove(last);
-    }
+    // By way of a TOML table, whose types are as strict as the files' own.
+    let table: Table = merged?.build()?.try_deserialize()?;
+    let mut settings: Settings = Value::Table(table).try_into()?;
+    settings.detectors = layers.iter().flat_map(|it| it.detectors.iter().map(|(_, entry)| entry.clone())).collect();
+    Ok(settings)
 }
 
 /// From the merged settings back to the file that said it.

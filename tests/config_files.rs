@@ -49,7 +49,7 @@ fn the_shipped_files_and_examples_load() {
     let mut files = vec![root("config/framegate.toml"), root("config/minimal.toml")];
     files.extend(toml_files("config/examples"));
     files.extend(toml_files("tests/config/valid"));
-    assert!(files.len() >= 5, "{files:?}");
+    assert!(files.len() >= 6, "{files:?}");
     for file in files {
         if let Err(problems) = config::load(&file, &Environment::default()) {
             panic!("{problems}");
@@ -68,7 +68,7 @@ fn every_invalid_file_says_exactly_what_is_wrong() {
             Err(problems) => problems.to_string().replace(&format!("{}/", file.parent().unwrap().display()), ""),
         };
         let expected = file.with_extension("expected");
-        // FRAMEGATE_BLESS writes what is said; read the difference before committing it.
+        // BLESS=1 writes what is said; read the difference before committing it.
         if std::env::var_os("BLESS").is_some() {
             fs::write(&expected, format!("{said}\n")).unwrap();
         }
@@ -119,10 +119,10 @@ fn problems_of_all_files_and_variables_come_at_once_and_name_their_place() {
         .to_string();
     let starts = [
         "framegate.toml:6:1: publish.rate: ",
-        "conf.d/b.toml:1:2: engin: unknown key; did you mean `engine`?",
-        "environment variable FRAMEGATE_ENGINE__PASSWORD: engine.password: unknown key; did you mean `password_file`?",
-        "environment variable FRAMEGATE_LOG__LEVEL: log.level: `inof` is not a level; did you mean info?",
         "conf.d/a.toml:4:1: detectors[0].time_zone: `Utc` is not an IANA time zone; did you mean UTC?",
+        "conf.d/b.toml:1:2: engin: unknown key; did you mean `engine`?",
+        "environment variable FRAMEGATE_LOG__LEVEL: log.level: `inof` is not a level; did you mean info?",
+        "environment variable FRAMEGATE_ENGINE__PASSWORD: engine.password: unknown key; did you mean `password_file`?",
     ];
     let problems = problems.replace(&format!("{}/", etc.0.path().display()), "");
     let said: Vec<&str> = problems.lines().collect();

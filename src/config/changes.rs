@@ -90,13 +90,10 @@ mod tests {
     use super::*;
 
     fn settings(detectors: &[(&str, &str, u32)]) -> Settings {
-        let mut text = "[engine]\nbase_url = \"https://e\"\n".to_owned();
-        for (name, path, weight) in detectors {
-            text += &format!(
-                "[[detectors]]\nname = '{name}'\ntime_zone = 'UTC'\nweight = {weight}\ndirectory = {{ path = '{path}' }}\n"
-            );
-        }
-        toml::from_str(&text).unwrap()
+        let entry = |(name, path, weight): &(&str, &str, u32)| {
+            format!("[[detectors]]\nname = '{name}'\nweight = {weight}\ndirectory = {{ path = '{path}' }}\n")
+        };
+        toml::from_str(&detectors.iter().map(entry).collect::<Vec<_>>().concat()).unwrap()
     }
 
     #[test]

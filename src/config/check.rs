@@ -31,7 +31,7 @@ pub fn check(settings: &Settings, facts: &Facts) -> Vec<Finding> {
     let mut found = Findings(Vec::new());
     engine_url(settings, &mut found);
     engine_account(settings, facts, &mut found);
-    engine_tls(settings, facts, &mut found);
+    engine_tls(settings, &mut found);
     engine_times(settings, &mut found);
     publish(settings, &mut found);
     encode(settings, &mut found);
@@ -61,7 +61,7 @@ impl Findings {
         self.0.push(Finding { severity, key, wrong, right });
     }
 
-    fn not_zero<T: Default + PartialEq>(&mut self, key: &str, value: T, example: &str) {
+    fn not_zero<T: Copy + Default + PartialEq>(&mut self, key: &str, value: T, example: &str) {
         if value == T::default() {
             self.problem(key, "is zero", format!("write for example {example}"));
         }
@@ -158,11 +158,10 @@ fn engine_account(settings: &Settings, facts: &Facts, found: &mut Findings) {
                 "write the account that the password belongs to",
             );
         }
-        (Some(_), None) => {}
         (None, Some(_)) if engine.username.is_some() => {
             found.warning("engine.username", "not used: `token_file` says who we are", "remove it");
         }
-        (None, Some(_)) => {}
+        (Some(_), None) | (None, Some(_)) => {}
     }
     let files = [
         ("engine.password_file", &engine.password_file),
@@ -178,12 +177,11 @@ fn engine_account(settings: &Settings, facts: &Facts, found: &mut Findings) {
     }
 }
 
-fn engine_tls(settings: &Settings, _facts: &Facts, found: &mut Findings) {
+fn engine_tls(settings: &Settings, found: &mut Findings) {
     let engine = &settings.engine;
     for (i, pin) in engine.pin_sha256.iter().enumerate() {
-        let hash = base64::engine::general_purpose::STANDARD.decode(pin);
-        if hash.ok().is_none_or(|hash| hash.len() != PIN_BYTES) {
-            let right = "write the base64 of the SHA-256 of the engine's public key, as `framegate pin URL` shows it";
+        if !is_pin(pin) {
+            let right = "write the SHA-256 of the engine's public key in base64, as `framegate pin URL` shows it";
             found.problem(format!("engine.pin_sha256[{i}]"), format!("`{pin}` is not a pin"), right);
         }
     }
@@ -208,6 +206,14 @@ fn engine_tls(settings: &Settings, _facts: &Facts, found: &mut Findings) {
             Some(_) => {}
         }
     }
+}
+
+/// Base64 or hexadecimal (colons allowed), with or without `sha256/` before it: what `publish` takes.
+fn is_pin(text: &str) -> bool {
+    let text = text.trim().trim_start_matches("sha256/").trim_start_matches("sha256:");
+    let base64 = base64::engine::general_purpose::STANDARD.decode(text).is_ok_and(|hash| hash.len() == PIN_BYTES);
+    let digits = text.replace(':', "");
+    base64 || digits.len() == 2 * PIN_BYTES && digits.bytes().all(|it| it.is_ascii_hexdigit())
 }
 
 fn engine_times(settings: &Settings, found: &mut Findings) {
@@ -558,10 +564,8 @@ mod tests {
 
     /// The keys (and severities) found in a configuration that begins with `start` and has these detectors.
     fn found(engine: &str, more: &str, detectors: &[&str]) -> Vec<String> {
-        let mut text = format!("[engine]\n{engine}\n{more}\n");
-        for detector in detectors {
-            text += &format!("[[detectors]]\n{detector}\n");
-        }
+        let detectors: String = detectors.iter().flat_map(|it| ["[[detectors]]\n", it, "\n"]).collect();
+        let text = format!("[engine]\n{engine}\n{more}\n{detectors}");
         let settings: Settings = toml::from_str(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
         check(&settings, &Facts::default())
             .iter()

@@ -166,7 +166,11 @@ impl Layer {
                 at: error.span().map(|span| line_and_column(text, span.start)),
                 key: String::new(),
                 wrong: format!("not TOML: {}", error.message().replace('\n', ", ")),
-                right: "text is written \"in quotes\", a table [section], a list [\"a\", \"b\"]".into(),
+                right: if error.message().contains("duplicate") {
+                    "keep one of them".into()
+                } else {
+                    "text is written \"in quotes\", a table [section], a list [\"a\", \"b\"]".into()
+                },
             });
         }
         if !errors.is_empty() {
@@ -209,32 +213,22 @@ impl Layer {
         self
     }
 
-    /// Takes out of `value` what does not fit `T`, one problem each, until the rest fits; a key that another file may still
-    /// give is not missed here. Gives back the rest and, where it is complete, the `T`.
-    fn sift<T: DeserializeOwned>(&self, prefix: &str, value: Value, problems: &mut Vec<Problem>) -> (Value, Option<T>) {
-        let mut rest = value.clone();
-        let mut probe = value;
-        let mut complete = true;
+    /// Takes out of `value` what does not fit `T`, one problem each, until the rest fits. Gives back the rest and the `T`.
+    fn sift<T: DeserializeOwned>(
+        &self,
+        prefix: &str,
+        mut value: Value,
+        problems: &mut Vec<Problem>,
+    ) -> (Value, Option<T>) {
         loop {
-            let error = match serde_path_to_error::deserialize::<_, T>(probe.clone()) {
-                Ok(it) => return (rest, complete.then_some(it)),
+            let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
+                Ok(it) => return (value, Some(it)),
                 Err(error) => error,
             };
             let segments: Vec<Segment> = error.path().iter().cloned().collect();
-            let message = error.inner().message();
-            let missing = message.starts_with("missing field");
-            let removed = remove(&mut probe, &segments);
-            if missing {
-                complete = false;
-                if !prefix.is_empty() {
-                    problems.push(self.explain(prefix, &segments, message));
-                }
-            } else {
-                remove(&mut rest, &segments);
-                problems.push(self.explain(prefix, &segments, message));
-            }
-            if !removed {
-                return (rest, None);
+            problems.push(self.explain(prefix, &segments, error.inner().message()));
+            if !remove(&mut value, &segments) {
+                return (value, None);
             }
         }
     }
@@ -250,11 +244,7 @@ impl Layer {
             let field = rest.split('`').nth(1).unwrap_or(rest);
             let path = join(&key, field);
             let at = self.place(&path);
-            let right = match (field, example(&path)) {
-                ("directory", _) => "add a table [detectors.directory] with its path".to_owned(),
-                (_, Some(value)) => format!("write for example {field} = {value}"),
-                (_, None) => format!("add {field} = …"),
-            };
+            let right = format!("write {field} = {}", example(&path).unwrap_or_else(|| "…".into()));
             return Problem { file: self.file.clone(), at, key: path, wrong: "missing".into(), right };
         }
         if message.starts_with("unknown field") {
@@ -270,7 +260,7 @@ impl Layer {
             // Somebody may have put the secret itself here.
             "wrong type of value (not shown)".to_owned()
         } else {
-            bounded(&message.replace('\n', " "))
+            bounded(&in_words(message))
         };
         let right = match example(&key) {
             Some(value) => format!("write it like {last} = {value}"),
@@ -376,6 +366,22 @@ pub(super) fn nearest<'a>(wrong: &str, known: &[&'a str]) -> Option<&'a str> {
         .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .map(|(_, name)| name)
+}
+
+/// serde's message without the names of our types.
+fn in_words(message: &str) -> String {
+    let mut message = message.replace('\n', " ");
+    for (theirs, ours) in [
+        ("expected f64", "expected a number"),
+        ("expected usize", "expected a whole number"),
+        ("expected u64", "expected a whole number"),
+        ("expected u32", "expected a whole number"),
+        ("expected parsable string", "expected a size"),
+        ("unit variant, expected string only", "expected a word in quotes"),
+    ] {
+        message = message.replace(theirs, ours);
+    }
+    message
 }
 
 fn bounded(text: &str) -> String {

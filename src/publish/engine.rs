@@ -5,50 +5,52 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `[engine]`
+/// `[engine]`: where it is and how to log in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where the engine is.
+    /// Where the engine answers; a path is kept: `https://customer.econnectcloud.com/identities`.
     pub base_url: String,
-    /// The account.
-    #[serde(default)]
+    /// Who logs in.
     pub username: Option<String>,
-    /// File with its password.
-    #[serde(default)]
+    /// File with the password; read again at every login.
     pub password_file: Option<PathBuf>,
-    /// File with a ready token.
-    #[serde(default)]
+    /// File with a ready token, read again when it changes; instead of username and password.
     pub token_file: Option<PathBuf>,
-    /// For one whole attempt.
-    #[serde(default = "timeout", with = "humantime_serde")]
+    /// Deadline of one attempt, from connecting to the answer's last byte.
+    #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub timeout: Duration,
-    /// For TCP and TLS.
-    #[serde(default = "connect_timeout", with = "humantime_serde")]
+    /// Deadline of DNS, TCP and TLS together.
+    #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub connect_timeout: Duration,
-    /// HTTP/2.
-    #[serde(default)]
+    /// HTTP/2; costs about twice the CPU with bodies of this size.
     pub http2: bool,
-    /// A proxy.
-    #[serde(default)]
-    pub proxy: Option<String>,
-    /// Trust this CA.
-    #[serde(default)]
+    /// Trust this CA (PEM) and no other.
     pub ca_file: Option<PathBuf>,
-    /// Exactly these public keys.
-    #[serde(default)]
+    /// Exactly these public keys: SHA-256, base64 or hexadecimal, as `framegate pin URL` shows them.
     pub pin_sha256: Vec<String>,
-    /// No verification.
-    #[serde(default)]
+    /// Takes any certificate. Whoever is in between can then read frames and the password.
     pub danger_accept_invalid_certs: bool,
+    /// An HTTP proxy to go through. The environment's proxies are not looked at.
+    pub proxy: Option<String>,
 }
 
-fn timeout() -> Duration {
-    Duration::from_secs(10)
-}
-
-fn connect_timeout() -> Duration {
-    Duration::from_secs(3)
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            base_url: String::new(),
+            username: None,
+            password_file: None,
+            token_file: None,
+            timeout: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(3),
+            http2: false,
+            ca_file: None,
+            pin_sha256: Vec::new(),
+            danger_accept_invalid_certs: false,
+            proxy: None,
+        }
+    }
 }
