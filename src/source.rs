@@ -1,3 +1,65 @@
+<<<<<<< HEAD
 //! Sources: where frames come from.
 
 pub mod retry;
+=======
+//! Stub of the sources: only their configuration.
+pub mod directory;
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// One `[[detectors]]` entry.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Entry {
+    /// The engine's `detectorName`. May hold `{path.0}`, `{path.1}`, …: the first, second, … directory below `path`.
+    pub name: String,
+    /// IANA time zone of the detector.
+    pub time_zone: String,
+    /// Attempts per second; 0 means no limit.
+    pub rate: f64,
+    /// Turns against the other detectors; at least 1.
+    pub weight: u32,
+    /// Which waiting frame goes first.
+    pub order: Order,
+    /// Frames older than this are dropped, and counted; 0 means never.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub max_age: Duration,
+    /// Say so when no frame came for this long.
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub silence_alarm: Option<Duration>,
+    /// The drop directory.
+    pub directory: directory::Config,
+}
+
+impl Default for Entry {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            time_zone: String::new(),
+            rate: 0.0,
+            weight: 1,
+            order: Order::FreshestFirst,
+            max_age: Duration::ZERO,
+            silence_alarm: None,
+            directory: directory::Config::default(),
+        }
+    }
+}
+
+/// Which waiting frame of a detector goes first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// The newest frame goes before the backlog; the backlog keeps one turn in four and is drained newest to oldest.
+    #[default]
+    FreshestFirst,
+    /// Strictly by time.
+    OldestFirst,
+}
+>>>>>>> config

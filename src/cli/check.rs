@@ -1,0 +1,160 @@
+//! `framegate check`: reads the configuration and says what the daemon would do with it. Starts nothing, sends nothing.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use humantime::format_duration;
+
+use crate::config::{self, Environment, Loaded, Settings};
+use crate::source::directory::{self, AfterPublish, DetectTime, Watch};
+use crate::source::{Entry, Order};
+
+/// `EX_CONFIG` of sysexits.h: systemd units can tell it from a crash.
+pub const EXIT_CONFIG: u8 = 78;
+
+/// Checks the configuration at `path`.
+pub fn run(path: &Path) -> ExitCode {
+    let written = match config::load(path, &Environment::from_process()) {
+        Ok(loaded) => report(&mut io::stdout().lock(), path, &loaded).map(|()| ExitCode::SUCCESS),
+        Err(problems) => writeln!(io::stderr().lock(), "{problems}").map(|()| ExitCode::from(EXIT_CONFIG)),
+    };
+    // Nobody is left to tell if even this cannot be written.
+    written.unwrap_or(ExitCode::FAILURE)
+}
+
+/// Writes what was understood.
+pub fn report(out: &mut impl Write, path: &Path, loaded: &Loaded) -> io::Result<()> {
+    let Loaded { settings, warnings } = loaded;
+    engine(out, settings)?;
+    limits(out, settings)?;
+    places(out, settings)?;
+    for entry in &settings.detectors {
+        detector(out, entry)?;
+    }
+    for warning in warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
+    let (detectors, notes) = (counted(settings.detectors.len(), "detector"), counted(warnings.len(), "warning"));
+    writeln!(out, "{} is valid: {detectors}, {notes}", path.display())
+}
+
+fn engine(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
+    let engine = &settings.engine;
+    writeln!(out, "engine {}", engine.base_url)?;
+    let tls = if engine.base_url.starts_with("http:") {
+        "none: plain http".to_owned()
+    } else if engine.danger_accept_invalid_certs {
+        "any certificate is accepted (dangerous)".to_owned()
+    } else if !engine.pin_sha256.is_empty() {
+        format!("only {}", counted(engine.pin_sha256.len(), "pinned public key"))
+    } else if let Some(file) = &engine.ca_file {
+        format!("certificates of the CA in {}", settings.secret_path(file).display())
+    } else {
+        "certificates that this system trusts".to_owned()
+    };
+    writeln!(out, "  tls        {tls}")?;
+    match (&engine.username, &engine.password_file, &engine.token_file) {
+        (_, _, Some(file)) => writeln!(out, "  account    a ready token in {}", settings.secret_path(file).display())?,
+        (Some(name), Some(file), None) => {
+            writeln!(out, "  account    {name}, password in {}", settings.secret_path(file).display())?;
+        }
+        (None, _, None) | (Some(_), None, None) => writeln!(out, "  account    none")?,
+    }
+    if engine.proxy.is_some() {
+        writeln!(out, "  proxy      yes")?;
+    }
+    let (timeout, connect) = (format_duration(engine.timeout), format_duration(engine.connect_timeout));
+    let version = if engine.http2 { "HTTP/2" } else { "HTTP/1.1" };
+    writeln!(out, "  attempt    up to {timeout}, {connect} of them to connect, {version}")
+}
+
+fn limits(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
+    let (publish, encode) = (&settings.publish, &settings.encode);
+    writeln!(out, "publishing")?;
+    let rate = per_second(publish.rate);
+    writeln!(out, "  rate       {rate}, at most {} at a time", publish.max_in_flight)?;
+    let (min, max) = (format_duration(publish.backoff_min), format_duration(publish.backoff_max));
+    writeln!(
+        out,
+        "  retries    {min} to {max} apart, up to {} attempts while the engine takes others",
+        publish.attempts
+    )?;
+    let workers =
+        if encode.workers == 0 { "one encode thread per CPU".into() } else { counted(encode.workers, "encode thread") };
+    writeln!(out, "  memory     {} for images and bodies, frames up to {}, {workers}", encode.memory, encode.max_frame)
+}
+
+fn places(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
+    let dead = &settings.dead_letter;
+    let (directory, age) = (dead.directory.display(), format_duration(dead.max_age));
+    writeln!(out, "dead letters in {directory}, up to {} and {age}", dead.max_size)?;
+    writeln!(out, "admin on {}, control socket {}", settings.admin.listen, settings.admin.control.display())?;
+    writeln!(out, "stops within {}", format_duration(settings.shutdown.deadline))
+}
+
+fn detector(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
+    let directory = &entry.directory;
+    writeln!(out, "detector {}", entry.name)?;
+    let depth = if directory.recursive { "with sub-directories" } else { "without sub-directories" };
+    writeln!(out, "  directory  {} {depth}, files {}", directory.path.display(), directory.include.join(" "))?;
+    writeln!(out, "  zone       {}, {}", entry.time_zone, time_from(&directory.detect_time))?;
+    writeln!(
+        out,
+        "  complete   when renamed in, or unchanged for {}; given up after {}",
+        format_duration(directory.quiet),
+        format_duration(directory.partial_timeout)
+    )?;
+    writeln!(out, "  noticed    {}, full scan every {}", watch(directory.watch), format_duration(directory.rescan))?;
+    let order = match entry.order {
+        Order::FreshestFirst => "freshest first",
+        Order::OldestFirst => "oldest first",
+    };
+    let age = if entry.max_age == Duration::ZERO {
+        "never too old".to_owned()
+    } else {
+        format!("dropped when older than {}", format_duration(entry.max_age))
+    };
+    writeln!(out, "  order      {order}, {age}, {}, weight {}", per_second(entry.rate), entry.weight)?;
+    writeln!(out, "  published  {}", afterwards(directory))?;
+    match entry.silence_alarm {
+        Some(after) => writeln!(out, "  alarm      after {} without a frame", format_duration(after)),
+        None => Ok(()),
+    }
+}
+
+fn time_from(detect_time: &DetectTime) -> String {
+    match detect_time {
+        DetectTime::Modified => "detection time from the file's modification".into(),
+        DetectTime::Arrival => "detection time is the arrival".into(),
+        DetectTime::Exif => "detection time from EXIF".into(),
+        DetectTime::Name(by) => format!("detection time from the name by {} as {}", by.name, by.format),
+    }
+}
+
+fn watch(watch: Watch) -> &'static str {
+    match watch {
+        Watch::Auto => "by inotify where it works, else by polling",
+        Watch::Inotify => "by inotify",
+        Watch::Poll => "by polling",
+    }
+}
+
+fn afterwards(directory: &directory::Config) -> String {
+    let file = match (directory.after_publish, &directory.archive) {
+        (AfterPublish::Archive, Some(archive)) => {
+            format!("files are moved to {} and kept {}", archive.display(), format_duration(directory.archive_max_age))
+        }
+        (AfterPublish::Archive | AfterPublish::Delete, _) => "files are deleted".into(),
+    };
+    if directory.remove_empty_directories { format!("{file}, empty sub-directories removed") } else { file }
+}
+
+fn per_second(rate: f64) -> String {
+    if rate > 0.0 { format!("{rate} attempts per second") } else { "no rate limit".into() }
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}

@@ -1,0 +1,166 @@
+//! `[detectors.directory]`: a drop directory's settings, and the placeholders of a detector's name.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// One drop directory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The directory that the detector writes to.
+    pub path: PathBuf,
+    /// Look into its sub-directories too.
+    pub recursive: bool,
+    /// Which file names are images: globs against the name alone, in upper or lower case.
+    pub include: Vec<String>,
+    /// A file that was not renamed into place or closed while watching is complete when unchanged for this long.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub quiet: Duration,
+    /// A file without its end becomes a dead letter when unchanged for this long.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub partial_timeout: Duration,
+    /// Time between full scans.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub rescan: Duration,
+    /// How new files are noticed.
+    pub watch: Watch,
+    /// Where the detection time comes from.
+    pub detect_time: DetectTime,
+    /// What becomes of a published file.
+    pub after_publish: AfterPublish,
+    /// Where `after_publish = "archive"` puts the files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub archive: Option<PathBuf>,
+    /// Archived files are removed after this long; 0 means never.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String")]
+    pub archive_max_age: Duration,
+    /// Remove sub-directories that have been empty for a minute.
+    pub remove_empty_directories: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            recursive: true,
+            include: ["*.jpg", "*.jpeg", "*.png"].map(str::to_owned).into(),
+            quiet: Duration::from_millis(500),
+            partial_timeout: Duration::from_mins(1),
+            rescan: Duration::from_secs(30),
+            watch: Watch::Auto,
+            detect_time: DetectTime::Modified,
+            after_publish: AfterPublish::Delete,
+            archive: None,
+            archive_max_age: Duration::from_hours(30 * 24),
+            remove_empty_directories: false,
+        }
+    }
+}
+
+/// How new files are noticed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Watch {
+    /// inotify, or polling where that does not work.
+    #[default]
+    Auto,
+    /// inotify even on file systems that are known not to report everything; polling only when watches run out.
+    Inotify,
+    /// A scan every second, or every `rescan` if that is shorter.
+    Poll,
+}
+
+/// What becomes of a published file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AfterPublish {
+    /// It is deleted.
+    #[default]
+    Delete,
+    /// It is moved to `archive`.
+    Archive,
+}
+
+/// Where the detection time comes from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum DetectTime {
+    /// The file's modification time.
+    #[default]
+    Modified,
+    /// The moment Framegate noticed the file.
+    Arrival,
+    /// `DateTimeOriginal` in the image, else the modification time.
+    Exif,
+    /// The file's name, else the modification time.
+    Name(FromName),
+}
+
+/// A detection time in a file's name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FromName {
+    /// Regular expression with a group `time`.
+    pub name: String,
+    /// strftime-like format of that group; without an offset it is in the detector's time zone.
+    pub format: String,
+}
+
+impl Serialize for DetectTime {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            DetectTime::Modified => serializer.serialize_str("modified"),
+            DetectTime::Arrival => serializer.serialize_str("arrival"),
+            DetectTime::Exif => serializer.serialize_str("exif"),
+            DetectTime::Name(from_name) => from_name.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for DetectTime {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // By hand: an untagged enum would lose the place and the reason of a mistake.
+        struct Wire;
+        impl<'de> Visitor<'de> for Wire {
+            type Value = DetectTime;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(r#""modified", "arrival", "exif" or a table with `name` and `format`"#)
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<DetectTime, E> {
+                match text {
+                    "modified" => Ok(DetectTime::Modified),
+                    "arrival" => Ok(DetectTime::Arrival),
+                    "exif" => Ok(DetectTime::Exif),
+                    other => Err(E::unknown_variant(other, &["modified", "arrival", "exif"])),
+                }
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<DetectTime, A::Error> {
+                FromName::deserialize(MapAccessDeserializer::new(map)).map(DetectTime::Name)
+            }
+        }
+        deserializer.deserialize_any(Wire)
+    }
+}
+
+impl JsonSchema for DetectTime {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "DetectTime".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let from_name = generator.subschema_for::<FromName>();
+        schemars::json_schema!({
+            "description": "Where the detection time comes from.",
+            "anyOf": [{ "type": "string", "enum": ["modified", "arrival", "exif"] }, from_name],
+        })
+    }
+}
