@@ -1,15 +1,19 @@
-<<<<<<< HEAD
-//! Sources: where frames come from.
+//! Sources: where a detector's frames come from, and what is settled there. One `[[detectors]]` entry is one source.
+//!
+//! Not here: what happens to a frame between its claim and its settlement.
 
-pub mod retry;
-=======
-//! Stub of the sources: only their configuration.
 pub mod directory;
+pub mod retry;
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Metrics;
+use crate::queue::Intake;
 
 /// One `[[detectors]]` entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -62,4 +66,71 @@ pub enum Order {
     /// Strictly by time.
     OldestFirst,
 }
->>>>>>> config
+
+/// Whether a source can deliver. Cheap to clone; all clones show the same.
+#[derive(Clone, Debug, Default)]
+pub struct Health(Arc<Mutex<State>>);
+
+/// What [`Health`] says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// It has not looked yet.
+    #[default]
+    Starting,
+    /// It delivers.
+    Ok,
+    /// It cannot deliver, and why; it recovers by itself.
+    Held(String),
+}
+
+impl Health {
+    /// What it says now.
+    pub fn get(&self) -> State {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says something else from now on; `true` if that is news.
+    pub fn set(&self, state: State) -> bool {
+        let mut now = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = *now != state;
+        *now = state;
+        news
+    }
+}
+
+impl Entry {
+    /// What is wrong with it: the key below `[[detectors]]`, and what would be right.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if self.name.is_empty() {
+            problems.push(("name", "is missing: the engine needs a `detectorName`".to_owned()));
+        } else if let Err(error) = directory::Template::parse(&self.name) {
+            problems.push(("name", error.to_string()));
+        }
+        if self.time_zone.is_empty() {
+            problems.push(("time_zone", "is missing: give an IANA name such as `America/Los_Angeles`".to_owned()));
+        } else if jiff::tz::TimeZone::get(&self.time_zone).is_err() {
+            problems.push(("time_zone", format!("`{}` is no IANA time zone", self.time_zone.escape_default())));
+        }
+        if !(self.rate.is_finite() && self.rate >= 0.0) {
+            problems.push(("rate", "must be 0 (no limit) or a positive number of attempts per second".to_owned()));
+        }
+        if self.weight == 0 {
+            problems.push(("weight", "must be at least 1".to_owned()));
+        }
+        problems.extend(self.directory.problems());
+        problems
+    }
+}
+
+/// Runs one source until `stop`; returns when everything it had in hand is settled.
+pub async fn run(
+    entry: Arc<Entry>,
+    intake: Intake,
+    metrics: Arc<Metrics>,
+    max_frame: u64,
+    health: Health,
+    stop: CancellationToken,
+) {
+    directory::run(entry, intake, metrics, max_frame, health, stop).await;
+}
