@@ -20,8 +20,6 @@ use crate::config::{self, Environment, Loaded};
 use crate::control::{self, Request};
 use crate::publish as engine;
 
-/// The configuration could not be used (`EX_CONFIG` of sysexits.h): systemd must not restart us for it.
-const EXIT_CONFIG: u8 = 78;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,7 +42,7 @@ pub struct Cli {
 #[derive(Debug, clap::Args)]
 struct ConfigArgs {
     /// The configuration file; `conf.d/*.toml` beside it and FRAMEGATE_… variables are read after it
-    #[arg(long, short, value_name = "FILE", default_value = "/etc/framegate/framegate.toml", env = "FRAMEGATE_CONFIG")]
+    #[arg(long, short, value_name = "FILE", default_value = "/etc/framegate/framegate.toml")]
     config: PathBuf,
 }
 
@@ -131,7 +129,7 @@ impl Command {
 fn load(path: &std::path::Path) -> Result<Loaded, ExitCode> {
     config::load(path, &Environment::from_process()).map_err(|problems| {
         drop(writeln!(io::stderr(), "{problems}"));
-        ExitCode::from(EXIT_CONFIG)
+        ExitCode::from(check::EXIT_CONFIG)
     })
 }
 

@@ -74,6 +74,18 @@ impl Settings {
     pub fn secret_path(&self, file: &Path) -> PathBuf {
         self.secret_places.resolve(file)
     }
+
+    /// `[engine]` with its files where they are now.
+    pub fn engine(&self) -> publish::engine::Config {
+        let ca_file = self.engine.ca_file.as_deref().map(|file| self.secret_path(file));
+        publish::engine::Config { ca_file, ..self.engine.clone() }
+    }
+
+    /// Where the engine's secrets are now.
+    pub fn engine_secrets(&self) -> publish::engine::Secrets {
+        let place = |file: &Option<PathBuf>| file.as_deref().map(|file| self.secret_path(file));
+        publish::engine::Secrets { password_file: place(&self.engine.password_file), token_file: place(&self.engine.token_file) }
+    }
 }
 
 /// `[shutdown]`

@@ -40,16 +40,6 @@ pub enum Request {
     Reload,
     /// What `/status` shows.
     Status,
-    /// Dead letters go back in line.
-    DeadLetterRetry {
-        /// Which.
-        ids: Vec<String>,
-    },
-    /// Dead letters are removed.
-    DeadLetterPurge {
-        /// Which.
-        ids: Vec<String>,
-    },
 }
 
 /// What came of it.

@@ -20,9 +20,9 @@ use crate::config::{self, Settings};
 use crate::control::{Answer, Request};
 use crate::encode::Encoder;
 use crate::metrics::{DetectorCounts, Metrics};
-use crate::notify::{Beat, Notify, Watchdog};
+use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
-use crate::publish::{EngineStatus, Publisher};
+use crate::publish::{EngineStatus, Publisher, State};
 use crate::queue::{self, Intake};
 use crate::settle::dead_letter::DeadLetters;
 use crate::source::{self, Entry, Health, directory};
@@ -34,6 +34,9 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 const TIDY_EVERY: Duration = Duration::from_secs(60);
 /// After the deadline: time for answers already on their way and for sources to take frames back.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
+/// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
+const AWAY_LOOK_EVERY: Duration = Duration::from_millis(250);
+const AWAY_LOOKS: u32 = 4;
 /// Control requests that may wait for the daemon's turn.
 const REQUESTS_MAX: usize = 16;
 
@@ -44,7 +47,7 @@ pub struct Surroundings {
     /// Changes the log level at a reload.
     pub log: Option<log::Handle>,
     /// systemd, where it listens.
-    pub notify: Notify,
+    pub notify: Arc<Notify>,
 }
 
 /// A running daemon.
@@ -60,7 +63,7 @@ pub struct Daemon {
     stop_pipeline: CancellationToken,
     stop_services: CancellationToken,
     requests: mpsc::Receiver<(Request, oneshot::Sender<Answer>)>,
-    beat: Beat,
+    beat: Progress,
 }
 
 /// What the admin server and `/status` read while the daemon runs.
@@ -71,7 +74,7 @@ struct Shared {
     admin: SocketAddr,
     started: Instant,
     sources: Mutex<Vec<(Arc<Entry>, Health)>>,
-    watchdog: Watchdog,
+    watchdog: Arc<Watchdog>,
 }
 
 /// One running source.
@@ -125,15 +128,15 @@ impl Daemon {
     pub async fn start(settings: Settings, surroundings: Surroundings) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
-        let publisher = Publisher::new(&settings.engine, settings.engine_secrets(), &settings.publish, metrics.clone())
+        let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
             .context("cannot set up publishing to the engine")?;
         let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
-        let listener = TcpListener::bind(&settings.admin.listen)
+        let listener = TcpListener::bind(settings.admin.listen)
             .await
             .with_context(|| format!("cannot listen on admin.listen = \"{}\"", settings.admin.listen))?;
         let admin = listener.local_addr()?;
         let (intake, outlet) = queue::queue(settings.encode.memory.as_u64(), &metrics);
-        let watchdog = Watchdog::new();
+        let watchdog = Watchdog::from_env(surroundings.notify.clone());
         let stop_pipeline = CancellationToken::new();
         let stop_services = CancellationToken::new();
 
@@ -148,7 +151,7 @@ impl Daemon {
         });
         let stages = Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
         let mut pipeline = JoinSet::new();
-        pipeline.spawn(pipeline::run(outlet, Arc::new(stages), watchdog.register("pipeline")));
+        pipeline.spawn(pipeline::run(outlet, Arc::new(stages), watchdog.watch("pipeline")));
 
         let (ask, requests) = mpsc::channel(REQUESTS_MAX);
         let mut services = JoinSet::new();
@@ -156,13 +159,21 @@ impl Daemon {
             let stop = stop_services.clone();
             async move { publisher.run(stop).await }
         });
+        services.spawn({
+            let (watchdog, stop) = (watchdog.clone(), stop_services.clone());
+            async move { watchdog.run(stop).await }
+        });
         services.spawn(upkeep(shared.clone(), stop_services.clone()));
         services.spawn(admin::serve(listener, Arc::new(view(&shared)), stop_services.clone()));
-        if surroundings.config_file.is_some() {
-            services.spawn(serve_control(settings.admin.control.clone(), ask, stop_services.clone()));
+        match control::bind(&settings.admin.control) {
+            Ok(socket) => {
+                services.spawn(control::serve(socket, handler(ask), stop_services.clone()));
+            }
+            // A convenience: without it the daemon does its work, and says so.
+            Err(error) => tracing::error!("`framegate reload` and `status` cannot reach this daemon: {error:#}"),
         }
         let mut daemon = Self {
-            beat: watchdog.register("daemon"),
+            beat: watchdog.watch("daemon"),
             settings,
             surroundings,
             shared,
@@ -229,7 +240,6 @@ impl Daemon {
                         self.surroundings.notify.status(&headline);
                         said = headline;
                     }
-                    self.shared.watchdog.ping(&self.surroundings.notify);
                 }
             }
         }
@@ -252,7 +262,7 @@ impl Daemon {
                 ((), ()) = async { tokio::join!(frames, sources) } => true,
                 () = tokio::time::sleep_until(deadline) => false,
                 () = hurry.cancelled() => false,
-                () = engine.paused() => false,
+                () = engine_stays_away(engine) => false,
             }
         };
         if !drained {
@@ -311,15 +321,15 @@ impl Daemon {
         match request {
             Request::Reload => self.reload_from_file(),
             Request::Status => match serde_json::to_value(self.shared.status()) {
-                Ok(data) => Answer { ok: true, message: String::new(), data },
-                Err(error) => Answer { ok: false, message: error.to_string(), data: serde_json::Value::Null },
+                Ok(data) => Answer::done("", data),
+                Err(error) => Answer::refused(error.to_string()),
             },
         }
     }
 
     fn reload_from_file(&mut self) -> Answer {
         let Some(path) = self.surroundings.config_file.clone() else {
-            return Answer { ok: false, message: "this daemon has no configuration file".into(), data: serde_json::Value::Null };
+            return Answer::refused("this daemon has no configuration file");
         };
         self.surroundings.notify.reloading();
         let result = self.reload(&path);
@@ -330,12 +340,12 @@ impl Daemon {
             Ok(message) => {
                 self.shared.metrics.gauge("config_last_reload_success_timestamp_seconds", &[]).set(now_seconds());
                 tracing::info!("configuration reloaded: {message}");
-                Answer { ok: true, message, data: serde_json::Value::Null }
+                Answer::done(message, serde_json::Value::Null)
             }
             Err(error) => {
                 let message = format!("{error:#}");
                 tracing::error!("the new configuration is refused, the old one goes on: {message}");
-                Answer { ok: false, message, data: serde_json::Value::Null }
+                Answer::refused(message)
             }
         }
     }
@@ -351,13 +361,13 @@ impl Daemon {
         if changes.engine || changes.publish {
             self.shared
                 .publisher
-                .reconfigure(&new.engine, new.engine_secrets(), &new.publish)
+                .reconfigure(&new.engine(), new.engine_secrets(), &new.publish)
                 .context("cannot set up publishing to the engine")?;
         }
         if let Some(log) = &self.surroundings.log {
-            log.set(&new.log)?;
+            log.set_level(&new.log.level)?;
         }
-        self.shared.dead_letters.reconfigure(new.dead_letter.max_size.as_u64(), new.dead_letter.max_age);
+        self.shared.dead_letters.reconfigure(new.dead_letter.max_size, new.dead_letter.max_age);
         self.intake.set_budget(new.encode.memory.as_u64());
         let (gone, kept): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.sources).into_iter().partition(|source| !new.detectors.contains(&source.entry));
@@ -444,7 +454,7 @@ fn view(shared: &Arc<Shared>) -> admin::View {
     let (alive, ready, status) = (shared.clone(), shared.clone(), shared.clone());
     admin::View {
         metrics: shared.metrics.clone(),
-        alive: Box::new(move || alive.watchdog.check()),
+        alive: Box::new(move || alive.watchdog.alive()),
         ready: Box::new(move || {
             let held = |(entry, health): &(Arc<Entry>, Health)| health.held().map(|why| format!("detector {}: {why}", entry.name));
             let mut reasons: Vec<_> = ready.sources().iter().filter_map(held).collect();
@@ -479,21 +489,28 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// The control socket is a convenience: without it the daemon works, and says so.
-async fn serve_control(path: PathBuf, ask: mpsc::Sender<(Request, oneshot::Sender<Answer>)>, stop: CancellationToken) {
-    let handler: control::Handler = Arc::new(move |request| {
+/// Hands each request to the daemon's own loop and waits for its answer.
+fn handler(ask: mpsc::Sender<(Request, oneshot::Sender<Answer>)>) -> control::Handler {
+    Arc::new(move |request| {
         let ask = ask.clone();
         Box::pin(async move {
             let (reply, answer) = oneshot::channel();
-            let gone = |()| Answer { ok: false, message: "the daemon is stopping".into(), data: serde_json::Value::Null };
             if ask.send((request, reply)).await.is_err() {
-                return gone(());
+                return Answer::refused("the daemon is stopping");
             }
-            answer.await.unwrap_or_else(|_| gone(()))
+            answer.await.unwrap_or_else(|_| Answer::refused("the daemon is stopping"))
         })
-    });
-    if let Err(error) = control::serve(&path, handler, stop).await {
-        tracing::error!("no control socket: `framegate reload` and `status` cannot reach this daemon: {error:#}");
+    })
+}
+
+/// Resolves once the engine has been away, with nothing under way to it, for a while: draining on would help nobody.
+async fn engine_stays_away(publisher: Arc<Publisher>) {
+    let mut every = tokio::time::interval(AWAY_LOOK_EVERY);
+    let mut away = 0;
+    while away < AWAY_LOOKS {
+        every.tick().await;
+        let status = publisher.status();
+        away = if status.state == State::Open || status.in_flight > 0 { 0 } else { away + 1 };
     }
 }
 

@@ -36,6 +36,11 @@ impl Notify {
         })
     }
 
+    /// To nobody.
+    pub fn silent() -> Self {
+        Self { manager: None }
+    }
+
     /// To a socket; `@name` is an abstract one.
     pub fn to(path: &OsStr) -> io::Result<Self> {
         let address = match path.as_bytes() {

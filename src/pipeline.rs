@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::encode::{Encoded, Encoder};
 use crate::frame::Frame;
 use crate::metrics::Metrics;
-use crate::notify::Beat;
+use crate::notify::Progress;
 use crate::publish::{Outcome, Publisher};
 use crate::queue::{Delivery, Lease, Outlet};
 use crate::settle::dead_letter::DeadLetters;
@@ -45,7 +45,7 @@ pub struct Stages {
 /// Carries frames until `stages.stop` is cancelled, and then until every frame in hand is settled.
 ///
 /// Aborting it releases what is in hand: the receipts drop.
-pub async fn run(mut outlet: Outlet, stages: Arc<Stages>, beat: Beat) {
+pub async fn run(mut outlet: Outlet, stages: Arc<Stages>, beat: Progress) {
     let mut in_hand = JoinSet::new();
     loop {
         beat.tick();

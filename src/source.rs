@@ -89,6 +89,14 @@ impl Health {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Why it cannot deliver; `None` while it can, and before it has looked.
+    pub fn held(&self) -> Option<String> {
+        match self.get() {
+            State::Held(why) => Some(why),
+            State::Starting | State::Ok => None,
+        }
+    }
+
     /// Says something else from now on; `true` if that is news.
     pub fn set(&self, state: State) -> bool {
         let mut now = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -74,10 +74,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 async fn demo(args: &Args, home: &Path, log: log::Handle) -> anyhow::Result<ExitCode> {
     let engine = Simulator::start(simulator::Options::default()).await?;
-    engine.faults(|faults| faults.error_rate = args.errors);
+    engine.change(|faults| faults.error_rate = args.errors);
     let site = Site::build(home, &engine, args.detectors)?;
     let loaded = config::load(&site.config, &Environment::default()).map_err(|problems| anyhow::anyhow!("{problems}"))?;
-    let surroundings = Surroundings { config_file: None, log: Some(log), notify: Notify::silent() };
+    let surroundings = Surroundings { config_file: None, log: Some(log), notify: Arc::new(Notify::silent()) };
     let mut daemon = Daemon::start(loaded.settings, surroundings).await?;
     super::print(&format!(
         "{} frames from {} detectors → engine at {} (simulated); metrics at http://{}/metrics\n",

@@ -116,7 +116,7 @@ async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<Pa
     let metrics = Metrics::new();
     let max_frame = settings.encode.max_frame.as_u64();
     let encoder = Encoder::start(settings.encode.workers, max_frame, metrics.clone());
-    let publisher = Publisher::new(&settings.engine, settings.engine_secrets(), &settings.publish, metrics)?;
+    let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics)?;
     let background = CancellationToken::new();
     let bar = progress_bar(files.len() as u64);
     let (total, started) = (files.len(), Instant::now());

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,7 +25,7 @@ pub(super) fn run(path: &Path) -> anyhow::Result<ExitCode> {
     }
     // Absolute, so that a reload means the same file whatever the working directory.
     let config_file = Some(std::path::absolute(path)?);
-    let surroundings = Surroundings { config_file, log: Some(log), notify: Notify::from_environment() };
+    let surroundings = Surroundings { config_file, log: Some(log), notify: Arc::new(Notify::from_env()) };
     let runtime = super::runtime()?;
     let result = runtime.block_on(async move {
         let (stop, hurry, reloads) = signals()?;

@@ -543,6 +543,17 @@ impl DeadLetters {
         Ok(())
     }
 
+    /// How many there are, and how many bytes they take.
+    pub fn totals(&self) -> (u64, u64) {
+        let kept = self.lock();
+        (kept.letters.len() as u64, kept.bytes)
+    }
+
+    /// Whether the directory is there and can be listed. Blocks for a moment.
+    pub fn usable(&self) -> io::Result<()> {
+        fs::read_dir(self.store.directory()).map(drop)
+    }
+
     /// New bounds, applied at the next pass.
     pub fn reconfigure(&self, max_size: ByteSize, max_age: Duration) {
         let mut kept = self.lock();

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{Context as _, bail};
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use schemars::JsonSchema;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
@@ -55,13 +57,13 @@ impl Default for Config {
             recursive: true,
             include: ["*.jpg", "*.jpeg", "*.png"].map(str::to_owned).into(),
             quiet: Duration::from_millis(500),
-            partial_timeout: Duration::from_mins(1),
+            partial_timeout: Duration::from_secs(60),
             rescan: Duration::from_secs(30),
             watch: Watch::Auto,
             detect_time: DetectTime::Modified,
             after_publish: AfterPublish::Delete,
             archive: None,
-            archive_max_age: Duration::from_hours(30 * 24),
+            archive_max_age: Duration::from_secs(30 * 24 * 3600),
             remove_empty_directories: false,
         }
     }
@@ -162,5 +164,165 @@ impl JsonSchema for DetectTime {
             "description": "Where the detection time comes from.",
             "anyOf": [{ "type": "string", "enum": ["modified", "arrival", "exif"] }, from_name],
         })
+    }
+}
+
+impl Config {
+    /// The globs, compiled.
+    pub(super) fn globs(&self) -> anyhow::Result<GlobSet> {
+        let mut set = GlobSetBuilder::new();
+        for glob in &self.include {
+            set.add(GlobBuilder::new(glob).case_insensitive(true).build()?);
+        }
+        Ok(set.build()?)
+    }
+
+    /// What is wrong with it: the key below `[[detectors]]`, and what would be right.
+    pub(crate) fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        let mut wrong = |key, why: String| problems.push((key, why));
+        if !self.path.is_absolute() {
+            wrong("directory.path", "must be the absolute path of the drop directory".to_owned());
+        }
+        if self.include.is_empty() {
+            wrong("directory.include", "must hold at least one glob, such as `*.jpg`".to_owned());
+        }
+        if let Err(error) = self.globs() {
+            wrong("directory.include", error.to_string());
+        }
+        for (key, value) in [
+            ("directory.quiet", self.quiet),
+            ("directory.partial_timeout", self.partial_timeout),
+            ("directory.rescan", self.rescan),
+        ] {
+            if value < Duration::from_millis(10) {
+                wrong(key, "must be at least 10ms".to_owned());
+            }
+        }
+        if let DetectTime::Name(from_name) = &self.detect_time
+            && let Err(error) = super::detect_time::compile(from_name)
+        {
+            wrong("directory.detect_time", format!("{error:#}"));
+        }
+        match (self.after_publish, &self.archive) {
+            (AfterPublish::Archive, None) => wrong(
+                "directory.archive",
+                "is missing: `after_publish = \"archive\"` needs a directory to put the files in".to_owned(),
+            ),
+            (_, Some(archive)) if !archive.is_absolute() => {
+                wrong("directory.archive", "must be an absolute path".to_owned());
+            }
+            (_, Some(archive)) if archive.starts_with(&self.path) => {
+                wrong("directory.archive", "must not be inside `directory.path`: its files would come back".to_owned());
+            }
+            (AfterPublish::Archive | AfterPublish::Delete, _) => {}
+        }
+        problems
+    }
+}
+
+/// A detector's name with its placeholders taken apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template(Vec<Part>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    Text(String),
+    /// The n-th directory below the source's path.
+    Path(usize),
+}
+
+impl Template {
+    /// Takes a name apart.
+    pub fn parse(name: &str) -> anyhow::Result<Self> {
+        let mut parts = Vec::new();
+        let mut rest = name;
+        while let Some(open) = rest.find('{') {
+            let end = rest[open..].find('}').with_context(|| format!("`{name}` has a `{{` without its `}}`"))? + open;
+            let inside = &rest[open + 1..end];
+            let Some(index) = inside.strip_prefix("path.").and_then(|n| n.parse::<usize>().ok()) else {
+                bail!("`{{{inside}}}` is no placeholder of a drop directory; `{{path.0}}` is the first directory below `path`");
+            };
+            if open > 0 {
+                parts.push(Part::Text(rest[..open].to_owned()));
+            }
+            parts.push(Part::Path(index));
+            rest = &rest[end + 1..];
+        }
+        if !rest.is_empty() {
+            parts.push(Part::Text(rest.to_owned()));
+        }
+        Ok(Self(parts))
+    }
+
+    /// Whether every file gets the same name.
+    pub fn is_fixed(&self) -> bool {
+        self.0.iter().all(|part| matches!(part, Part::Text(_)))
+    }
+
+    /// The name for a file in the directory `rel` below the source's path; `None` if that has not enough directories.
+    pub fn fill(&self, rel: &[u8]) -> Option<String> {
+        let dirs: Vec<&[u8]> = rel.split(|b| *b == b'/').filter(|d| !d.is_empty()).collect();
+        let mut name = String::new();
+        for part in &self.0 {
+            match part {
+                Part::Text(text) => name.push_str(text),
+                // A name is shown in logs and sent as JSON: what is not UTF-8 is escaped, not guessed.
+                Part::Path(index) => match std::str::from_utf8(dirs.get(*index)?) {
+                    Ok(text) => name.push_str(text),
+                    Err(_) => name.push_str(&dirs[*index].escape_ascii().to_string()),
+                },
+            }
+        }
+        Some(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_reads_its_own_defaults_and_both_forms_of_detect_time() {
+        let config: Config = toml::from_str("path = '/a'").unwrap();
+        assert_eq!(config, Config { path: "/a".into(), ..Config::default() });
+        assert_eq!(toml::from_str::<Config>(&toml::to_string(&config).unwrap()).unwrap(), config);
+        let named: Config =
+            toml::from_str(r"detect_time = { name = '(?<time>\d{17})', format = '%Y%m%d%H%M%S%3f' }").unwrap();
+        assert!(matches!(named.detect_time, DetectTime::Name(_)));
+        let exif: Config = toml::from_str("detect_time = 'exif'").unwrap();
+        assert_eq!(exif.detect_time, DetectTime::Exif);
+        for bad in ["detect_time = 'never'", "detect_time = { name = 'a', formt = 'b' }", "pth = '/a'"] {
+            assert!(toml::from_str::<Config>(bad).is_err(), "{bad}");
+        }
+        schemars::schema_for!(Config);
+    }
+
+    #[test]
+    fn every_problem_of_a_directory_is_reported_with_its_key() {
+        let config = Config {
+            path: "relative".into(),
+            include: vec!["[".into()],
+            quiet: Duration::ZERO,
+            detect_time: DetectTime::Name(FromName { name: r"\d+".into(), format: "%Y".into() }),
+            after_publish: AfterPublish::Archive,
+            ..Config::default()
+        };
+        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
+        let want = ["path", "include", "quiet", "detect_time", "archive"].map(|k| format!("directory.{k}"));
+        assert_eq!(keys, want);
+        let inside = Config { path: "/a".into(), archive: Some("/a/b".into()), ..Config::default() };
+        assert_eq!(inside.problems().len(), 1);
+        assert!(Config { path: "/a".into(), ..Config::default() }.problems().is_empty());
+    }
+
+    #[test]
+    fn a_name_is_filled_from_the_directories_below_the_path() {
+        let template = Template::parse("{path.0}-{path.1}!").unwrap();
+        assert_eq!(template.fill(b"Lobby/2026/11").as_deref(), Some("Lobby-2026!"));
+        assert_eq!(template.fill(b"Lobby"), None);
+        assert_eq!(template.fill(b"A\xff/b").as_deref(), Some("A\\xff-b!"));
+        assert!(Template::parse("Lobby").unwrap().is_fixed());
+        assert!(Template::parse("{topic.0}").is_err() && Template::parse("{path.0").is_err());
     }
 }
