@@ -1,28 +1,73 @@
-//! Stub of publishing: only its configuration.
+//! Publishing: one frame's attempts until the engine has it, or it is plain that the frame is at fault, or the daemon stops.
+//!
+//! `state` decides who may try when and whose fault a failure is; `engine` sends; `verdict` says what an answer means; `token` logs in;
+//! `limit` and `backoff` are arithmetic. This file ties them together: it waits, sends, logs and counts. No frame is ever held up by
+//! a wait in here that `stop` or `reconfigure` would not end, except by its own request in flight.
+//!
+//! Timers, logins and renewals live in [`Publisher::run`]: without it running, nobody is let through to the engine.
+
+mod backoff;
 pub mod engine;
+mod limit;
+mod state;
+pub mod tls;
+mod token;
+mod verdict;
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
+use anyhow::{Context as _, bail};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use jiff::Timestamp;
+use metrics::{Counter, Gauge};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
 
-/// `[publish]`
+use self::backoff::Backoff;
+use self::engine::Client;
+use self::state::{CaseId, Change, Ended, Line, Next, Settings, Signal, State};
+use self::token::Tokens;
+use self::verdict::{Reply, SendError, Verdict, judge};
+use crate::frame::{Detector, Frame};
+use crate::metrics::Metrics;
+use crate::settle::Refusal;
+
+/// How often a token file is looked at.
+const TOKEN_FILE_INTERVAL: Duration = Duration::from_secs(10);
+/// Failed attempts are told at most this often, in one line.
+const FAILURES_INTERVAL: Duration = Duration::from_mins(1);
+/// How often an insecure connection and a lasting pause are said again.
+const REMINDER_INTERVAL: Duration = Duration::from_hours(1);
+/// No clock skew is known yet.
+const NO_SKEW: i64 = i64::MIN;
+
+/// `[publish]`: how fast, how many at once, how often.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Attempts per second for the whole box; 0 = no limit.
+    /// Attempts per second of the whole box, logins included; 0: no limit.
     pub rate: f64,
-    /// Attempts that may follow each other at once; 0 = one second's worth.
+    /// So many may go at once after a quiet time; 0: one second's worth.
     pub burst: u32,
     /// Ceiling of the adaptive concurrency.
     pub max_in_flight: usize,
-    /// Attempts for one frame while the engine takes others.
+    /// Attempts of one frame that the engine answers with a server error, while it takes others.
     pub attempts: u32,
-    /// Shortest wait between attempts.
+    /// Shortest wait before another try.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub backoff_min: Duration,
-    /// Longest wait between attempts.
+    /// Longest wait before another try.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub backoff_max: Duration,
@@ -40,3 +85,550 @@ impl Default for Config {
         }
     }
 }
+
+impl Config {
+    fn settings(&self) -> anyhow::Result<Settings> {
+        if !self.rate.is_finite() || self.rate < 0.0 {
+            bail!("publish.rate: {} is no rate; it must be 0 (no limit) or more", self.rate);
+        }
+        if self.max_in_flight == 0 || self.attempts == 0 {
+            bail!("publish.max_in_flight and publish.attempts must be at least 1");
+        }
+        Ok(Settings {
+            rate: self.rate,
+            burst: self.burst,
+            max_in_flight: self.max_in_flight,
+            attempts: self.attempts,
+            backoff: Backoff::try_new(self.backoff_min, self.backoff_max).context("publish")?,
+        })
+    }
+}
+
+/// What came of publishing a frame.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The engine has it.
+    Accepted,
+    /// The engine takes others, but not this one: a dead letter.
+    Refused(Refusal),
+    /// The daemon stops; nothing is decided.
+    Released,
+}
+
+/// What `/status` says about the engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// One of the values of `engine_state`.
+    pub state: State,
+    /// Since when.
+    pub since: Timestamp,
+    /// What led to it, for people.
+    pub reason: String,
+    /// What to do about it; empty if nothing.
+    pub advice: String,
+    /// Attempts that may be in flight now.
+    pub concurrency_limit: usize,
+    /// Attempts in flight.
+    pub in_flight: usize,
+    /// Frames that wait for their turn or their next try.
+    pub waiting: usize,
+    /// When the token in use expires, if it says so.
+    pub token_expires: Option<Timestamp>,
+    /// This box's clock minus the engine's.
+    pub clock_skew_seconds: Option<f64>,
+    /// The certificate is not verified.
+    pub insecure: bool,
+}
+
+/// The way to the engine, shared by all frames.
+pub struct Publisher {
+    live: ArcSwap<Live>,
+    desk: Mutex<Desk>,
+    /// The next timer is earlier than the one that is slept for.
+    timer: Notify,
+    /// A token is wanted, or the engine is another.
+    token: Notify,
+    /// An attempt failed.
+    failure: Notify,
+    metrics: Arc<Metrics>,
+    handles: Handles,
+    skew_ms: AtomicI64,
+}
+
+/// What a reload replaces.
+struct Live {
+    client: Client,
+    tokens: Tokens,
+    insecure: bool,
+    replaced: CancellationToken,
+}
+
+/// What changes under the lock.
+struct Desk {
+    line: Line,
+    seats: HashMap<CaseId, oneshot::Sender<Signal>>,
+    /// The moment that `run` sleeps until.
+    armed: Option<Instant>,
+    since: Timestamp,
+    failures: u64,
+    last_failure: String,
+    /// Waiting for rate limits, not yet counted as whole seconds.
+    held: Duration,
+}
+
+impl Publisher {
+    /// Sets up the client; connects to nothing.
+    ///
+    /// # Errors
+    /// If the configuration cannot work: a URL that is none, a CA file that cannot be read, a rate below zero.
+    pub fn new(
+        engine: &engine::Config,
+        secrets: engine::Secrets,
+        publish: &Config,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let settings = publish.settings()?;
+        let live = Live::new(engine, secrets, publish, &metrics)?;
+        let handles = Handles::new(&metrics);
+        handles.show_state(State::Open);
+        Ok(Arc::new(Self {
+            live: ArcSwap::from_pointee(live),
+            desk: Mutex::new(Desk {
+                line: Line::new(settings),
+                seats: HashMap::new(),
+                armed: None,
+                since: Timestamp::now(),
+                failures: 0,
+                last_failure: String::new(),
+                held: Duration::ZERO,
+            }),
+            timer: Notify::new(),
+            token: Notify::new(),
+            failure: Notify::new(),
+            metrics,
+            handles,
+            skew_ms: AtomicI64::new(NO_SKEW),
+        }))
+    }
+
+    /// Publishes one frame, however long that takes. `begun` is called when the first attempt gets its slot.
+    ///
+    /// Dropping the future in the middle gives the slot back; the engine may have the frame then.
+    pub async fn publish(&self, frame: &Frame, body: Bytes, begun: impl FnOnce()) -> Outcome {
+        let mut begun = Some(begun);
+        let mut seat = Seat::take(self, &frame.detector);
+        loop {
+            match seat.signal().await {
+                Signal::Released => return Outcome::Released,
+                Signal::Refused(refusal) => return Outcome::Refused(refusal),
+                Signal::Go { number } => {
+                    if let Some(begun) = begun.take() {
+                        begun();
+                    }
+                    let ended = self.attempt(frame, seat.case, number, body.clone()).await;
+                    if seat.ended(ended) == Next::Accepted {
+                        return Outcome::Accepted;
+                    }
+                }
+            }
+        }
+    }
+
+    /// No new attempts: whoever waits gets [`Outcome::Released`]; a request in flight finishes.
+    pub fn stop(&self) {
+        let mut desk = self.desk();
+        desk.line.stop();
+        self.turn(&mut desk);
+    }
+
+    /// Another configuration: a new client, the state forgotten, a new login. Frames that wait now try the new engine.
+    ///
+    /// # Errors
+    /// As [`Publisher::new`]; then nothing has changed.
+    pub fn reconfigure(
+        &self,
+        engine: &engine::Config,
+        secrets: engine::Secrets,
+        publish: &Config,
+    ) -> anyhow::Result<()> {
+        let settings = publish.settings()?;
+        let live = Live::new(engine, secrets, publish, &self.metrics)?;
+        let mut desk = self.desk();
+        let old = self.live.swap(Arc::new(live));
+        old.replaced.cancel();
+        desk.line.reset(settings, Instant::now());
+        self.turn(&mut desk);
+        drop(desk);
+        self.token.notify_one();
+        Ok(())
+    }
+
+    /// How the engine is.
+    pub fn status(&self) -> EngineStatus {
+        let live = self.live.load();
+        let desk = self.desk();
+        let state = desk.line.state();
+        let skew = self.skew_ms.load(Ordering::Relaxed);
+        EngineStatus {
+            state,
+            since: desk.since,
+            reason: desk.line.reason().to_owned(),
+            advice: state.advice().to_owned(),
+            concurrency_limit: desk.line.concurrency(),
+            in_flight: desk.line.in_flight(),
+            waiting: desk.line.waiting(),
+            token_expires: live.tokens.current().and_then(|token| token.expires),
+            clock_skew_seconds: (skew != NO_SKEW).then_some(skew as f64 / 1e3),
+            insecure: live.insecure,
+        }
+    }
+
+    /// The clockwork: timers, tokens, reminders. Ends with `stop`, and then stops the publisher.
+    pub async fn run(&self, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.keep_time() => {}
+            () = self.keep_token() => {}
+            () = self.tell_failures() => {}
+            () = self.remind() => {}
+        }
+        self.stop();
+    }
+
+    async fn attempt(&self, frame: &Frame, case: CaseId, number: u64, body: Bytes) -> Ended {
+        let live = self.live.load_full();
+        let Some(token) = live.tokens.current() else {
+            // A reload came in between: in line again, until there is a token.
+            return Ended { case, number, token: 0, verdict: Verdict::Token, latency: Duration::ZERO };
+        };
+        let started = Instant::now();
+        let result = live.client.publish(token.header, body).await;
+        let latency = started.elapsed();
+        let now = SystemTime::now();
+        let verdict = judge(&result, now);
+        self.count(&result, &verdict, latency, now);
+        debug!(frame = %frame.id, detector = &*frame.detector.name, attempt = number, ?latency, ?verdict, "attempt ended");
+        Ended { case, number, token: token.generation, verdict, latency }
+    }
+
+    fn count(&self, result: &Result<Reply, SendError>, verdict: &Verdict, latency: Duration, now: SystemTime) {
+        self.handles.attempt(&self.metrics, result);
+        if let Ok(reply) = result {
+            self.metrics.publish_duration.record(latency.as_secs_f64());
+            self.note_skew(reply.date, now, latency);
+        }
+        if matches!(verdict, Verdict::Ambiguous(_)) {
+            self.metrics.ambiguous.increment(1);
+        }
+    }
+
+    /// The engine wrote its `Date`, which has whole seconds, about half way through.
+    fn note_skew(&self, date: Option<SystemTime>, now: SystemTime, latency: Duration) {
+        let Some(date) = date else { return };
+        let (here, there) = (now - latency / 2, date + Duration::from_millis(500));
+        let millis = |d: Duration| i64::try_from(d.as_millis()).unwrap_or(i64::MAX);
+        let skew = match here.duration_since(there) {
+            Ok(ahead) => millis(ahead),
+            Err(behind) => -millis(behind.duration()),
+        };
+        self.skew_ms.store(skew, Ordering::Relaxed);
+        self.handles.skew.set(skew as f64 / 1e3);
+    }
+
+    fn desk(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts what may start, tells those it concerns, and shows what changed.
+    fn turn(&self, desk: &mut Desk) {
+        desk.line.pump(Instant::now());
+        for (case, signal) in desk.line.take_signals() {
+            // A case whose task is gone leaves by its seat's drop.
+            if let Some(seat) = desk.seats.remove(&case) {
+                drop(seat.send(signal));
+            }
+        }
+        for change in desk.line.take_changes() {
+            desk.since = Timestamp::now();
+            self.handles.show_state(change.to);
+            tell(&change);
+        }
+        self.metrics.in_flight.set(desk.line.in_flight() as f64);
+        self.handles.concurrency.set(desk.line.concurrency() as f64);
+        desk.held += desk.line.take_held();
+        if desk.held.as_secs() > 0 {
+            self.handles.rate_limited.increment(desk.held.as_secs());
+            desk.held = Duration::from_nanos(desk.held.subsec_nanos().into());
+        }
+        if desk.line.token_wanted().is_some() {
+            self.token.notify_one();
+        }
+        if desk.line.wake().is_some_and(|at| desk.armed.is_none_or(|armed| at < armed)) {
+            desk.armed = desk.line.wake();
+            self.timer.notify_one();
+        }
+    }
+
+    async fn keep_time(&self) {
+        loop {
+            let wake = {
+                let mut desk = self.desk();
+                self.turn(&mut desk);
+                desk.armed = desk.line.wake();
+                desk.armed
+            };
+            tokio::select! {
+                () = self.timer.notified() => {}
+                () = until(wake) => {}
+            }
+        }
+    }
+
+    async fn keep_token(&self) {
+        loop {
+            let live = self.live.load_full();
+            tokio::select! {
+                () = live.replaced.cancelled() => {}
+                () = self.refresh(&live) => {}
+            }
+        }
+    }
+
+    /// Waits until a token is wanted or due, and gets it.
+    async fn refresh(&self, live: &Arc<Live>) {
+        let wanted = self.desk().line.token_wanted();
+        if let Some(renewable) = wanted {
+            let result = live.tokens.get(renewable, &|| self.pass().boxed()).await;
+            self.new_token(live, result);
+            return;
+        }
+        let renew_at = live.tokens.renew_at();
+        let look_at = live.tokens.has_file().then(|| Instant::now() + TOKEN_FILE_INTERVAL);
+        tokio::select! {
+            () = self.token.notified() => {}
+            () = until(renew_at) => match live.tokens.renew_early(&|| self.pass().boxed()).await {
+                Ok(token) => self.new_token(live, Ok(token)),
+                Err(verdict) => info!(?verdict, "the token could not be renewed ahead of time; the old one stays in use"),
+            },
+            () = until(look_at) => {
+                if live.tokens.file_changed() {
+                    let result = live.tokens.get(false, &|| self.pass().boxed()).await;
+                    self.new_token(live, result);
+                }
+            }
+        }
+    }
+
+    fn new_token(&self, live: &Arc<Live>, result: Result<token::Token, Verdict>) {
+        let mut desk = self.desk();
+        if !Arc::ptr_eq(&self.live.load(), live) {
+            return;
+        }
+        match result {
+            Ok(token) => desk.line.token_ready(token.generation, token.fresh_login, Instant::now()),
+            Err(verdict) => desk.line.token_failed(&verdict, Instant::now()),
+        }
+        self.turn(&mut desk);
+    }
+
+    /// Waits for the rate limit on behalf of a login or renewal.
+    async fn pass(&self) {
+        loop {
+            let at = match self.desk().line.urgent(Instant::now()) {
+                Ok(()) => return,
+                Err(at) => at,
+            };
+            sleep_until(at).await;
+        }
+    }
+
+    async fn tell_failures(&self) {
+        loop {
+            self.failure.notified().await;
+            let (failures, last) = {
+                let mut desk = self.desk();
+                (std::mem::take(&mut desk.failures), std::mem::take(&mut desk.last_failure))
+            };
+            warn!(failures, last, "attempts failed and will be repeated");
+            sleep(FAILURES_INTERVAL).await;
+        }
+    }
+
+    async fn remind(&self) {
+        loop {
+            if self.live.load().insecure {
+                warn!(
+                    "engine.danger_accept_invalid_certs is on: whoever is between here and the engine can read frames and the password; \
+                     use engine.pin_sha256 (see `framegate pin`) or engine.ca_file"
+                );
+            }
+            let status = self.status();
+            if status.state != State::Open {
+                warn!(state = status.state.as_str(), since = %status.since, reason = status.reason, advice = status.advice, "publishing is still paused");
+            }
+            sleep(REMINDER_INTERVAL).await;
+        }
+    }
+}
+
+impl fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Publisher")
+    }
+}
+
+impl Live {
+    fn new(
+        engine: &engine::Config,
+        secrets: engine::Secrets,
+        publish: &Config,
+        metrics: &Arc<Metrics>,
+    ) -> anyhow::Result<Self> {
+        let client = Client::new(engine, publish.max_in_flight)?;
+        let insecure = engine.danger_accept_invalid_certs;
+        metrics.gauge("engine_insecure", &[]).set(f64::from(u8::from(insecure)));
+        Ok(Self {
+            tokens: Tokens::new(client.clone(), engine.username.clone(), secrets, metrics.clone()),
+            client,
+            insecure,
+            replaced: CancellationToken::new(),
+        })
+    }
+}
+
+/// A frame's place at the desk; leaves it when dropped, wherever it was.
+struct Seat<'a> {
+    publisher: &'a Publisher,
+    case: CaseId,
+    signal: oneshot::Receiver<Signal>,
+    gone: bool,
+}
+
+impl<'a> Seat<'a> {
+    fn take(publisher: &'a Publisher, detector: &Detector) -> Self {
+        let mut desk = publisher.desk();
+        let case = desk.line.enter(detector, Instant::now());
+        let signal = desk.wait(case);
+        publisher.turn(&mut desk);
+        drop(desk);
+        Self { publisher, case, signal, gone: false }
+    }
+
+    async fn signal(&mut self) -> Signal {
+        // The sender is only dropped unsent with the desk itself.
+        (&mut self.signal).await.unwrap_or(Signal::Released)
+    }
+
+    fn ended(&mut self, ended: Ended) -> Next {
+        let mut desk = self.publisher.desk();
+        let reason = ended.verdict.reason();
+        let failure = match &ended.verdict {
+            Verdict::Accepted | Verdict::Token => None,
+            verdict => Some(format!("{verdict:?}")),
+        };
+        let next = desk.line.ended(ended, Instant::now());
+        if next == Next::Accepted {
+            self.gone = true;
+        } else {
+            self.signal = desk.wait(self.case);
+            self.publisher.metrics.counter("publish_retries_total", &[("reason", reason)]).increment(1);
+        }
+        self.publisher.turn(&mut desk);
+        // In a pause the change of state has said it.
+        if let Some(failure) = failure
+            && desk.line.state() == State::Open
+        {
+            desk.failures += 1;
+            desk.last_failure = failure;
+            self.publisher.failure.notify_one();
+        }
+        next
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        if self.gone {
+            return;
+        }
+        let mut desk = self.publisher.desk();
+        desk.seats.remove(&self.case);
+        desk.line.abandoned(self.case, Instant::now());
+        self.publisher.turn(&mut desk);
+    }
+}
+
+impl Desk {
+    fn wait(&mut self, case: CaseId) -> oneshot::Receiver<Signal> {
+        let (tell, hear) = oneshot::channel();
+        self.seats.insert(case, tell);
+        hear
+    }
+}
+
+/// Metrics that are touched for every attempt.
+struct Handles {
+    statuses: Box<[OnceLock<Counter>]>,
+    errors: [(&'static str, Counter); 4],
+    states: [(State, Gauge); 8],
+    concurrency: Gauge,
+    skew: Gauge,
+    rate_limited: Counter,
+}
+
+impl Handles {
+    fn new(metrics: &Metrics) -> Self {
+        let error = |result| (result, metrics.counter("publish_attempts_total", &[("result", result)]));
+        Self {
+            statuses: std::iter::repeat_with(OnceLock::new).take(1000).collect(),
+            errors: ["timeout", "connect", "tls", "reset"].map(error),
+            states: State::ALL.map(|state| (state, metrics.gauge("engine_state", &[("state", state.as_str())]))),
+            concurrency: metrics.gauge("concurrency_limit", &[]),
+            skew: metrics.gauge("clock_skew_seconds", &[]),
+            rate_limited: metrics.counter("rate_limited_seconds_total", &[]),
+        }
+    }
+
+    fn attempt(&self, metrics: &Metrics, result: &Result<Reply, SendError>) {
+        let error = match result {
+            Ok(reply) => {
+                let Some(slot) = self.statuses.get(usize::from(reply.status)) else { return };
+                let register = || metrics.counter("publish_attempts_total", &[("result", &reply.status.to_string())]);
+                slot.get_or_init(register).increment(1);
+                return;
+            }
+            Err(SendError::Timeout { .. }) => "timeout",
+            Err(SendError::Connect(_) | SendError::Dns(_)) => "connect",
+            Err(SendError::Tls(_) | SendError::Certificate(_)) => "tls",
+            Err(SendError::Reset { .. }) => "reset",
+        };
+        if let Some((_, counter)) = self.errors.iter().find(|(name, _)| *name == error) {
+            counter.increment(1);
+        }
+    }
+
+    fn show_state(&self, now: State) {
+        for (state, gauge) in &self.states {
+            gauge.set(f64::from(u8::from(*state == now)));
+        }
+    }
+}
+
+fn tell(change: &Change) {
+    let (from, to, reason) = (change.from.as_str(), change.to.as_str(), &change.reason);
+    if change.to == State::Open {
+        info!(from, reason, "publishing again");
+    } else {
+        warn!(from, state = to, reason, advice = change.to.advice(), "publishing is paused; frames are kept");
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests;

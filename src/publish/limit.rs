@@ -1,0 +1,270 @@
+//! How fast and how many: the rate limit, and the concurrency that adapts to what the engine bears. Pure, time is passed in.
+//!
+//! The rate limit is written here, not taken from a crate, because an attempt must pass two of them (the whole box's and its detector's)
+//! at one moment: both are looked at before either is charged, so neither loses permits to the other, and the bound
+//! `rate × window + burst` holds exactly for each.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Latency may double over what the unloaded engine shows, and this much more, before concurrency shrinks.
+const LATENCY_SLACK: Duration = Duration::from_millis(10);
+/// How long the lowest latency is remembered.
+const BASE_WINDOW: Duration = Duration::from_secs(10);
+/// At most one shrinking step in this time (or in one latency, if that is longer).
+const SHRINK_SPACING: Duration = Duration::from_millis(100);
+/// Weight of the newest sample in the smoothed latency.
+const SMOOTHING: f64 = 0.2;
+/// The longest time between two permits; slower than one in eleven days is not a rate.
+const INTERVAL_SECS_MAX: f64 = 1e6;
+
+/// A rate limit (GCRA): at most `rate × window + burst` permits in any window.
+#[derive(Clone, Debug, Default)]
+pub(super) struct RateLimit {
+    /// Time between permits; zero: no limit.
+    interval: Duration,
+    /// How far permits may run ahead: the burst less one.
+    tolerance: Duration,
+    /// When the permits given so far are paid for.
+    paid_at: Option<Instant>,
+}
+
+impl RateLimit {
+    /// `rate` permits per second, 0: no limit. `burst` 0: one second's worth.
+    pub(super) fn new(rate: f64, burst: u32) -> Self {
+        let mut limit = Self::default();
+        limit.set(rate, burst);
+        limit
+    }
+
+    /// Changes the rate; what was given stays given.
+    pub(super) fn set(&mut self, rate: f64, burst: u32) {
+        if rate.is_nan() || rate <= 0.0 {
+            *self = Self::default();
+            return;
+        }
+        let burst = if burst == 0 { rate.ceil().max(1.0) } else { f64::from(burst) };
+        self.interval = Duration::from_secs_f64((1.0 / rate).min(INTERVAL_SECS_MAX));
+        self.tolerance = self.interval.mul_f64((burst - 1.0).min(1e6));
+    }
+
+    /// `None`: now. Otherwise the moment to ask again.
+    pub(super) fn wait(&self, now: Instant) -> Option<Instant> {
+        let paid_at = self.paid_at?;
+        let horizon = now + self.tolerance;
+        (paid_at > horizon).then(|| now + (paid_at - horizon))
+    }
+
+    /// Takes a permit; only after `wait` said `None` for the same moment.
+    pub(super) fn take(&mut self, now: Instant) {
+        if !self.interval.is_zero() {
+            self.paid_at = Some(self.paid_at.map_or(now, |at| at.max(now)) + self.interval);
+        }
+    }
+
+    /// Whether forgetting this limit would change nothing.
+    pub(super) fn is_idle(&self, now: Instant) -> bool {
+        self.paid_at.is_none_or(|at| at <= now)
+    }
+}
+
+/// How many attempts may be in flight: doubles each round trip at first, then grows by one, shrinks on errors and when latency
+/// inflates. It looks only at rounds in which the limit was used up.
+#[derive(Clone, Debug)]
+pub(super) struct Concurrency {
+    limit: f64,
+    max: f64,
+    /// Until the first shrinking, each success adds one.
+    starting: bool,
+    smoothed: Option<f64>,
+    /// Lowest latency of the window before, and of this window, in seconds.
+    base: (f64, f64),
+    window_began: Option<Instant>,
+    shrunk_in_window: bool,
+    shrunk_at: Option<Instant>,
+}
+
+impl Concurrency {
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            limit: 1.0,
+            max: max.max(1) as f64,
+            starting: true,
+            smoothed: None,
+            base: (f64::INFINITY, f64::INFINITY),
+            window_began: None,
+            shrunk_in_window: false,
+            shrunk_at: None,
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and max")]
+    pub(super) fn now(&self) -> usize {
+        self.limit as usize
+    }
+
+    /// A new ceiling.
+    pub(super) fn set_max(&mut self, max: usize) {
+        self.max = max.max(1) as f64;
+        self.limit = self.limit.min(self.max);
+    }
+
+    /// From one again: after a pause.
+    pub(super) fn restart(&mut self) {
+        *self = Self::new(1).with_max(self.max);
+    }
+
+    fn with_max(mut self, max: f64) -> Self {
+        self.max = max;
+        self
+    }
+
+    /// An attempt was accepted after `latency`, with `in_flight` attempts (itself among them) at its end.
+    pub(super) fn accepted(&mut self, latency: Duration, in_flight: usize, now: Instant) {
+        let secs = latency.as_secs_f64();
+        self.measure(secs, now);
+        let smoothed = self.smoothed.unwrap_or(secs);
+        let base = self.base.0.min(self.base.1);
+        if smoothed > 2.0 * base + LATENCY_SLACK.as_secs_f64() {
+            self.shrink(0.9, now);
+        } else if self.starting && 2.0 * in_flight as f64 >= self.limit {
+            self.limit = (self.limit + 1.0).min(self.max);
+        } else if in_flight as f64 + 1.0 >= self.limit {
+            self.limit = (self.limit + 1.0 / self.limit).min(self.max);
+        }
+    }
+
+    /// An attempt ended in overload: a server's error, or no answer in time.
+    pub(super) fn overloaded(&mut self, now: Instant) {
+        self.shrink(0.5, now);
+    }
+
+    fn shrink(&mut self, factor: f64, now: Instant) {
+        let spacing = SHRINK_SPACING.max(Duration::from_secs_f64(self.smoothed.unwrap_or(0.0)));
+        if self.shrunk_at.is_some_and(|at| now < at + spacing) {
+            return;
+        }
+        self.limit = (self.limit * factor).max(1.0);
+        self.starting = false;
+        self.shrunk_in_window = true;
+        self.shrunk_at = Some(now);
+    }
+
+    fn measure(&mut self, secs: f64, now: Instant) {
+        let began = *self.window_began.get_or_insert(now);
+        if now >= began + BASE_WINDOW {
+            self.base = (self.base.1, f64::INFINITY);
+            self.window_began = Some(now);
+            // Latency limits us: look again at what it is with little in flight, else the base would creep up for ever.
+            if self.shrunk_in_window {
+                self.limit = (self.limit / 4.0).max(1.0);
+                self.starting = true;
+            }
+            self.shrunk_in_window = false;
+        }
+        self.base.1 = self.base.1.min(secs);
+        self.smoothed = Some(self.smoothed.map_or(secs, |old| old + SMOOTHING * (secs - old)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_rate_of_zero_never_waits() {
+        let now = Instant::now();
+        let mut limit = RateLimit::new(0.0, 5);
+        for _ in 0..1000 {
+            assert_eq!(limit.wait(now), None);
+            limit.take(now);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_window_holds_more_than_rate_times_window_plus_burst(
+            rate in 0.5_f64..200.0, burst in 0_u32..20, gaps in prop::collection::vec(0_u64..400, 1..200),
+        ) {
+            let mut limit = RateLimit::new(rate, burst);
+            let burst = if burst == 0 { rate.ceil().max(1.0) } else { f64::from(burst) };
+            let mut now = Instant::now();
+            let mut taken = Vec::new();
+            for gap in gaps {
+                now += MS * u32::try_from(gap).unwrap();
+                while limit.wait(now).is_none() {
+                    limit.take(now);
+                    taken.push(now);
+                }
+                let at = limit.wait(now).unwrap();
+                prop_assert!(at > now, "a wait of nothing would be a busy loop");
+                prop_assert!(limit.wait(at).is_none());
+            }
+            for (i, from) in taken.iter().enumerate() {
+                for (j, to) in taken.iter().enumerate().skip(i) {
+                    let window = to.duration_since(*from).as_secs_f64();
+                    prop_assert!((j - i + 1) as f64 <= rate * window + burst + 1e-3);
+                }
+            }
+        }
+    }
+
+    /// Runs `rounds` rounds against an engine whose latency is a function of what is in flight.
+    fn drive(c: &mut Concurrency, now: &mut Instant, rounds: usize, latency: impl Fn(usize) -> Duration) {
+        for _ in 0..rounds {
+            let n = c.now();
+            *now += latency(n);
+            for _ in 0..n {
+                c.accepted(latency(n), n, *now);
+            }
+        }
+    }
+
+    #[test]
+    fn it_reaches_the_ceiling_within_a_second_when_the_engine_scales() {
+        let (mut c, mut now) = (Concurrency::new(64), Instant::now());
+        drive(&mut c, &mut now, 20, |_| 50 * MS);
+        assert_eq!(c.now(), 64);
+        drive(&mut c, &mut now, 1000, |_| 50 * MS);
+        assert_eq!(c.now(), 64);
+    }
+
+    #[test]
+    fn it_settles_low_when_more_in_flight_only_inflates_latency() {
+        let (mut c, mut now) = (Concurrency::new(64), Instant::now());
+        let queue = |n: usize| 5 * MS * u32::try_from(n.max(2)).unwrap() / 2;
+        for _ in 0..20 {
+            drive(&mut c, &mut now, 200, queue);
+            assert!(c.now() <= 24, "{}", c.now());
+        }
+    }
+
+    #[test]
+    fn it_finds_a_new_base_when_the_engine_stays_slower() {
+        let (mut c, mut now) = (Concurrency::new(64), Instant::now());
+        drive(&mut c, &mut now, 40, |_| 20 * MS);
+        assert_eq!(c.now(), 64);
+        drive(&mut c, &mut now, 20, |_| 200 * MS);
+        assert!(c.now() < 20, "{}", c.now());
+        drive(&mut c, &mut now, 400, |_| 200 * MS);
+        assert!(c.now() >= 60, "{}", c.now());
+    }
+
+    #[test]
+    fn errors_halve_it_once_and_a_restart_begins_with_one() {
+        let (mut c, mut now) = (Concurrency::new(64), Instant::now());
+        drive(&mut c, &mut now, 20, |_| 50 * MS);
+        for _ in 0..64 {
+            c.overloaded(now);
+        }
+        assert_eq!(c.now(), 32);
+        c.restart();
+        assert_eq!(c.now(), 1);
+        drive(&mut c, &mut now, 20, |_| 50 * MS);
+        assert_eq!(c.now(), 64);
+    }
+}

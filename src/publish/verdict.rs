@@ -1,0 +1,308 @@
+//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `state`).
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use serde::de::IgnoredAny;
+
+/// The engine's message is kept to so many characters.
+const MESSAGE_CHARS_MAX: usize = 300;
+/// So much of an answer is looked at for a message, in bytes.
+const MESSAGE_BYTES_MAX: usize = 16 * 1024;
+/// A run of base64 or token characters this long is nobody's prose: it may be an echo of the image or of a token.
+const OPAQUE_RUN_MIN: usize = 40;
+/// A `Retry-After` is believed up to here.
+const RETRY_AFTER_MAX: Duration = Duration::from_mins(10);
+
+/// An answer, read to a cap.
+#[derive(Clone, Debug)]
+pub(super) struct Reply {
+    pub(super) status: u16,
+    /// At most the cap of the client.
+    pub(super) body: Bytes,
+    /// Whether `body` is all of it.
+    pub(super) complete: bool,
+    /// The header as sent.
+    pub(super) retry_after: Option<String>,
+    /// The engine's `Date`.
+    pub(super) date: Option<SystemTime>,
+}
+
+/// Why there was no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum SendError {
+    Connect(String),
+    Dns(String),
+    Tls(String),
+    /// The certificate is not the one that was asked for.
+    Certificate(String),
+    /// The deadline passed; `sent`: bytes of the request may have left.
+    Timeout {
+        sent: bool,
+    },
+    /// The connection broke.
+    Reset {
+        sent: bool,
+        what: String,
+    },
+}
+
+/// What one attempt means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The engine has the frame.
+    Accepted,
+    /// 401: the token, never the frame.
+    Token,
+    /// The login was refused, or there is nothing to log in with. Only `token` says this.
+    Credentials(String),
+    /// 403: the permission, or this frame.
+    Forbidden { status: u16, message: String },
+    /// The request: this frame, or all of them.
+    Rejected { status: u16, message: String },
+    /// 500: an outage, or this frame.
+    ServerError { status: u16, message: String },
+    /// Overloaded, or on its way up or down.
+    Transient { status: u16, retry_after: Option<Duration>, message: String },
+    /// Somebody else answered: a portal, a proxy, the wrong server or certificate.
+    NotOurEngine(String),
+    /// Nobody answered, and nothing was sent.
+    Unreachable(String),
+    /// Something was sent and no answer came: the engine may have the frame.
+    Ambiguous(String),
+}
+
+impl Verdict {
+    /// The `reason` of `publish_retries_total`.
+    pub(super) fn reason(&self) -> &'static str {
+        match self {
+            Verdict::Accepted => "accepted",
+            Verdict::Token => "token",
+            Verdict::Credentials(_) => "credentials",
+            Verdict::Forbidden { .. } => "forbidden",
+            Verdict::Rejected { .. } => "rejected",
+            Verdict::ServerError { .. } => "server-error",
+            Verdict::Transient { .. } => "transient",
+            Verdict::NotOurEngine(_) => "unexpected-answer",
+            Verdict::Unreachable(_) => "unreachable",
+            Verdict::Ambiguous(_) => "ambiguous",
+        }
+    }
+}
+
+/// What this attempt means. `now` is the wall clock, for a `Retry-After` that names a date.
+pub(super) fn judge(result: &Result<Reply, SendError>, now: SystemTime) -> Verdict {
+    match result {
+        Ok(reply) => judge_reply(reply, now),
+        Err(SendError::Connect(what)) => Verdict::Unreachable(format!("cannot connect: {what}")),
+        Err(SendError::Dns(what)) => Verdict::Unreachable(format!("cannot resolve the engine's name: {what}")),
+        Err(SendError::Tls(what)) => Verdict::Unreachable(format!("TLS failed: {what}")),
+        Err(SendError::Certificate(what)) => Verdict::NotOurEngine(format!("the certificate was refused: {what}")),
+        Err(SendError::Timeout { sent: false }) => Verdict::Unreachable("no connection before the deadline".into()),
+        Err(SendError::Timeout { sent: true }) => Verdict::Ambiguous("no answer before the deadline".into()),
+        Err(SendError::Reset { sent: false, what }) => Verdict::Unreachable(format!("the connection broke: {what}")),
+        Err(SendError::Reset { sent: true, what }) => {
+            Verdict::Ambiguous(format!("the connection broke before the answer: {what}"))
+        }
+    }
+}
+
+fn judge_reply(reply: &Reply, now: SystemTime) -> Verdict {
+    let status = reply.status;
+    let message = || message(&reply.body);
+    match status {
+        200 if is_engines(reply) => Verdict::Accepted,
+        200 => Verdict::NotOurEngine(format!("200 with a body that is not the engine's: {}", message())),
+        300..400 => Verdict::NotOurEngine(format!("a redirect ({status}), which is never followed")),
+        401 => Verdict::Token,
+        403 => Verdict::Forbidden { status, message: message() },
+        404 | 405 | 407 | 421 | 426 | 501 | 511 => Verdict::NotOurEngine(format!("status {status}: {}", message())),
+        408 | 425 | 429 => transient(reply, now),
+        400..500 => Verdict::Rejected { status, message: message() },
+        500 => Verdict::ServerError { status, message: message() },
+        501..600 => transient(reply, now),
+        _ => Verdict::NotOurEngine(format!("status {status}, which the engine does not use")),
+    }
+}
+
+fn transient(reply: &Reply, now: SystemTime) -> Verdict {
+    let retry_after = reply.retry_after.as_deref().and_then(|text| parse_retry_after(text, now));
+    Verdict::Transient { status: reply.status, retry_after, message: message(&reply.body) }
+}
+
+/// The engine's 200 is empty; JSON is taken too. A page of HTML is a captive portal's.
+fn is_engines(reply: &Reply) -> bool {
+    reply.complete && (reply.body.trim_ascii().is_empty() || serde_json::from_slice::<IgnoredAny>(&reply.body).is_ok())
+}
+
+/// Seconds or an HTTP date, at most [`RETRY_AFTER_MAX`]; `None` for anything else.
+pub(super) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
+    let text = text.trim();
+    let wait = if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        Duration::from_secs(text.parse().unwrap_or(u64::MAX))
+    } else {
+        httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()
+    };
+    Some(wait.min(RETRY_AFTER_MAX))
+}
+
+/// What the engine said, for people: one bounded line without control characters, images or tokens.
+pub(super) fn message(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&body[..body.len().min(MESSAGE_BYTES_MAX)]);
+    bounded(text.trim())
+}
+
+/// `text` as one bounded line, safe to show.
+pub(super) fn bounded(text: &str) -> String {
+    let mut line = String::new();
+    let mut chars = 0;
+    for word in text.split_inclusive(|c: char| !is_opaque(c)) {
+        let run = word.trim_end_matches(|c: char| !is_opaque(c));
+        let shown = if run.len() >= OPAQUE_RUN_MIN { format!("***{}", &word[run.len()..]) } else { word.to_owned() };
+        for c in shown.chars() {
+            if chars == MESSAGE_CHARS_MAX {
+                line.push('…');
+                return line;
+            }
+            chars += 1;
+            if c.is_control() || is_direction(c) { line.extend(c.escape_default()) } else { line.push(c) }
+        }
+    }
+    line
+}
+
+/// Marks that change the direction of writing can make a line show what it does not say.
+fn is_direction(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn is_opaque(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '+' | '/' | '=' | '-' | '_' | '.')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fmt::Write as _;
+
+    fn reply(status: u16, body: &'static str) -> Reply {
+        Reply { status, body: Bytes::from_static(body.as_bytes()), complete: true, retry_after: None, date: None }
+    }
+
+    fn word(verdict: &Verdict) -> &'static str {
+        verdict.reason()
+    }
+
+    /// Ranges of statuses that mean the same, one line each.
+    fn policy() -> String {
+        let now = SystemTime::UNIX_EPOCH;
+        let mut rows: Vec<(u16, u16, String)> = Vec::new();
+        for status in 100..600 {
+            let words: Vec<_> =
+                ["", r#"{"a":1}"#, "<html>"].iter().map(|body| word(&judge(&Ok(reply(status, body)), now))).collect();
+            let meaning = if words.iter().all(|w| *w == words[0]) {
+                words[0].to_owned()
+            } else {
+                format!("empty: {}, JSON: {}, HTML: {}", words[0], words[1], words[2])
+            };
+            match rows.last_mut() {
+                Some((_, last, m)) if *m == meaning => *last = status,
+                _ => rows.push((status, status, meaning)),
+            }
+        }
+        let mut text = String::new();
+        for (first, last, meaning) in rows {
+            let range = if first == last { first.to_string() } else { format!("{first}-{last}") };
+            writeln!(text, "{range:<8}{meaning}").unwrap();
+        }
+        for (name, error) in [
+            ("connect", SendError::Connect(String::new())),
+            ("dns", SendError::Dns(String::new())),
+            ("tls", SendError::Tls(String::new())),
+            ("certificate", SendError::Certificate(String::new())),
+            ("timeout, nothing sent", SendError::Timeout { sent: false }),
+            ("timeout, sent", SendError::Timeout { sent: true }),
+            ("reset, nothing sent", SendError::Reset { sent: false, what: String::new() }),
+            ("reset, sent", SendError::Reset { sent: true, what: String::new() }),
+        ] {
+            writeln!(text, "{name:<24}{}", word(&judge(&Err(error), now))).unwrap();
+        }
+        text
+    }
+
+    #[test]
+    fn the_whole_policy() {
+        assert_eq!(
+            policy(),
+            "\
+100-199 unexpected-answer
+200     empty: accepted, JSON: accepted, HTML: unexpected-answer
+201-399 unexpected-answer
+400     rejected
+401     token
+402     rejected
+403     forbidden
+404-405 unexpected-answer
+406     rejected
+407     unexpected-answer
+408     transient
+409-420 rejected
+421     unexpected-answer
+422-424 rejected
+425     transient
+426     unexpected-answer
+427-428 rejected
+429     transient
+430-499 rejected
+500     server-error
+501     unexpected-answer
+502-510 transient
+511     unexpected-answer
+512-599 transient
+connect                 unreachable
+dns                     unreachable
+tls                     unreachable
+certificate             unexpected-answer
+timeout, nothing sent   unreachable
+timeout, sent           ambiguous
+reset, nothing sent     unreachable
+reset, sent             ambiguous
+"
+        );
+    }
+
+    #[test]
+    fn a_200_that_is_too_long_is_not_the_engines() {
+        let reply = Reply { complete: false, ..reply(200, "{}") };
+        assert_eq!(word(&judge(&Ok(reply), SystemTime::UNIX_EPOCH)), "unexpected-answer");
+    }
+
+    #[test]
+    fn retry_after_is_clamped_and_garbage_is_ignored() {
+        let now = httpdate::parse_http_date("Mon, 23 Nov 2026 11:00:00 GMT").unwrap();
+        let secs = Duration::from_secs;
+        for (text, expected) in [
+            ("7", Some(secs(7))),
+            (" 0 ", Some(secs(0))),
+            ("1000000000", Some(RETRY_AFTER_MAX)),
+            ("99999999999999999999999999", Some(RETRY_AFTER_MAX)),
+            ("Mon, 23 Nov 2026 11:00:09 GMT", Some(secs(9))),
+            ("Mon, 23 Nov 2020 11:00:09 GMT", Some(secs(0))),
+            ("Mon, 23 Nov 2099 11:00:09 GMT", Some(RETRY_AFTER_MAX)),
+            ("-1", None),
+            ("1.5", None),
+            ("", None),
+            ("soon", None),
+        ] {
+            assert_eq!(parse_retry_after(text, now), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_message_is_one_bounded_line_without_images_or_tokens() {
+        assert_eq!(message(b" bad\n\x1b[31mrequest \xff "), "bad\\n\\u{1b}[31mrequest \u{fffd}");
+        assert!(message("é ".repeat(5000).as_bytes()).chars().count() <= MESSAGE_CHARS_MAX + 1);
+        let echo = format!(r#"{{"expanded":"{}","x":1}}"#, "/9j/4AAQ".repeat(100));
+        assert_eq!(message(echo.as_bytes()), r#"{"expanded":"***","x":1}"#);
+    }
+}
