@@ -442,7 +442,7 @@ impl Shared {
             (published + c.published, pending + c.pending)
         });
         let held = self.sources().iter().filter(|(_, health)| health.held().is_some()).count();
-        let mut line = format!("engine {}; {} published, {} pending", self.publisher.status().state, counts.0, counts.1);
+        let mut line = format!("engine {}; {} published, {} pending", self.publisher.status().state.as_str(), counts.0, counts.1);
         if held > 0 {
             line += &format!("; {held} detectors held");
         }

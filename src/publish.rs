@@ -35,7 +35,8 @@ use tracing::{debug, info, warn};
 
 use self::backoff::Backoff;
 use self::engine::Client;
-use self::state::{CaseId, Change, Ended, Line, Next, Settings, Signal, State};
+pub use self::state::State;
+use self::state::{CaseId, Change, Ended, Line, Next, Settings, Signal};
 use self::token::Tokens;
 use self::verdict::{Reply, SendError, Verdict, judge};
 use crate::frame::{Detector, Frame};
@@ -138,6 +139,20 @@ pub struct EngineStatus {
     pub clock_skew_seconds: Option<f64>,
     /// The certificate is not verified.
     pub insecure: bool,
+}
+
+impl EngineStatus {
+    /// In one line, for people.
+    pub fn describe(&self) -> String {
+        let mut text = self.state.as_str().to_owned();
+        if !self.reason.is_empty() && self.state != State::Open {
+            text += &format!(": {}", self.reason);
+        }
+        if !self.advice.is_empty() {
+            text += &format!(" ({})", self.advice);
+        }
+        text
+    }
 }
 
 /// The way to the engine, shared by all frames.

@@ -3,7 +3,7 @@
 //! Messages name other keys in backticks; `config` uses that to leave out what only follows from another problem.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
