@@ -1,4 +1,5 @@
 //! Stub of the admin endpoint: only its configuration.
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
@@ -9,13 +10,13 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Read-only HTTP.
-    pub listen: String,
+    pub listen: SocketAddr,
     /// Control socket.
     pub control: PathBuf,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:9464".into(), control: "/run/framegate/control.sock".into() }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)), control: "/run/framegate/control.sock".into() }
     }
 }

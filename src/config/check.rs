@@ -7,7 +7,6 @@ mod engine;
 mod overlap;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::path::Path;
 
 use humantime::format_duration;
@@ -109,18 +108,12 @@ fn dead_letter(settings: &Settings, found: &mut Findings) {
 
 fn admin(settings: &Settings, found: &mut Findings) {
     let admin = &settings.admin;
-    match admin.listen.parse::<SocketAddr>() {
-        Err(_) => found.problem(
-            "admin.listen",
-            format!("`{}` is not an address and port", admin.listen),
-            "write it like 127.0.0.1:9464 or [::1]:9464",
-        ),
-        Ok(address) if !address.ip().is_loopback() => found.warning(
-            "admin.listen",
-            format!("`{address}` can be read from the network, without a password: metrics, status, detector names"),
-            "write 127.0.0.1, or let a firewall admit Prometheus only",
-        ),
-        Ok(_) => {}
+    if !admin.listen.ip().to_canonical().is_loopback() {
+        let wrong = format!(
+            "`{}` can be read from the network, without a password: metrics, status, detector names",
+            admin.listen
+        );
+        found.warning("admin.listen", wrong, "write 127.0.0.1, or let a firewall admit Prometheus only");
     }
     found.absolute("admin.control", &admin.control);
 }
@@ -240,7 +233,7 @@ mod tests {
                 "[dead_letter]\ndirectory = 'dead'\nmax_size = 0\nmax_age = '0s'",
                 vec!["dead_letter.directory", "dead_letter.max_size"],
             ),
-            ("[admin]\nlisten = 'localhost'\ncontrol = 'x'", vec!["admin.listen", "admin.control"]),
+            ("[admin]\ncontrol = 'x'", vec!["admin.control"]),
             ("[admin]\nlisten = '0.0.0.0:9464'", vec!["~admin.listen"]),
             ("[log]\nlevel = 'inof'", vec!["log.level"]),
             ("[log]\nlevel = 'info,framegate=loud'", vec!["log.level"]),
