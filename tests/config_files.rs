@@ -67,6 +67,7 @@ fn every_invalid_file_says_exactly_what_is_wrong() {
             Ok(_) => "(nothing wrong)".to_owned(),
             Err(problems) => problems.to_string().replace(&format!("{}/", file.parent().unwrap().display()), ""),
         };
+        assert!(!said.contains("hunter2"), "a secret is shown: {said}");
         let expected = file.with_extension("expected");
         // BLESS=1 writes what is said; read the difference before committing it.
         if std::env::var_os("BLESS").is_some() {

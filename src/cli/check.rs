@@ -88,8 +88,8 @@ fn limits(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
 
 fn places(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
     let dead = &settings.dead_letter;
-    let (directory, age) = (dead.directory.display(), format_duration(dead.max_age));
-    writeln!(out, "dead letters in {directory}, up to {} and {age}", dead.max_size)?;
+    let (directory, age) = (dead.directory.display(), kept(dead.max_age));
+    writeln!(out, "dead letters in {directory}, up to {}, {age}", dead.max_size)?;
     writeln!(out, "admin on {}, control socket {}", settings.admin.listen, settings.admin.control.display())?;
     writeln!(out, "stops within {}", format_duration(settings.shutdown.deadline))
 }
@@ -144,11 +144,15 @@ fn watch(watch: Watch) -> &'static str {
 fn afterwards(directory: &directory::Config) -> String {
     let file = match (directory.after_publish, &directory.archive) {
         (AfterPublish::Archive, Some(archive)) => {
-            format!("files are moved to {} and kept {}", archive.display(), format_duration(directory.archive_max_age))
+            format!("files are moved to {}, {}", archive.display(), kept(directory.archive_max_age))
         }
         (AfterPublish::Archive | AfterPublish::Delete, _) => "files are deleted".into(),
     };
     if directory.remove_empty_directories { format!("{file}, empty sub-directories removed") } else { file }
+}
+
+fn kept(max_age: Duration) -> String {
+    if max_age == Duration::ZERO { "kept for ever".into() } else { format!("kept {}", format_duration(max_age)) }
 }
 
 fn per_second(rate: f64) -> String {

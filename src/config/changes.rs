@@ -78,6 +78,7 @@ fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
         ("encode.max_frame", old.encode.max_frame != new.encode.max_frame),
         ("admin.listen", old.admin.listen != new.admin.listen),
         ("admin.control", old.admin.control != new.admin.control),
+        ("log.format", old.log.format != new.log.format),
         ("dead_letter.directory", old.dead_letter.directory != new.dead_letter.directory),
     ]
     .into_iter()
@@ -119,7 +120,7 @@ mod tests {
         let mut new = old.clone();
         new.publish.rate = 5.0;
         new.encode.workers = 3;
-        new.admin.listen = "127.0.0.1:1".into();
+        new.admin.listen = "127.0.0.1:1".parse().unwrap();
         new.dead_letter.directory = "/x".into();
         let needs_restart = vec!["encode.workers", "admin.listen", "dead_letter.directory"];
         assert_eq!(diff(&old, &new), Changes { publish: true, needs_restart, ..Changes::default() });

@@ -21,6 +21,9 @@ const VALUE_CHARS_MAX: usize = 200;
 /// The prefix of the environment variables that are ours.
 pub(super) const ENVIRONMENT_PREFIX: &str = "FRAMEGATE_";
 
+/// Said of a key that is not known; its value is never shown, for it may be a misplaced secret.
+const UNKNOWN_KEY: &str = "unknown key";
+
 /// How values are written, for hints: the keys' defaults where they have some.
 const EXAMPLES: &str = r#"
 [engine]
@@ -226,7 +229,14 @@ impl Layer {
                 Err(error) => error,
             };
             let segments: Vec<Segment> = error.path().iter().cloned().collect();
-            problems.push(self.explain(prefix, &segments, error.inner().message()));
+            let mut problem = self.explain(prefix, &segments, error.inner().message());
+            // Not every type's message shows what it was given.
+            let shown = |given: &str| problem.wrong.contains(given) || problem.wrong.contains(&format!("{given:?}"));
+            let given = text_at(&value, &segments).filter(|it| !shown(it));
+            if let Some(given) = given.filter(|_| problem.wrong != UNKNOWN_KEY && !is_secret(&problem.key)) {
+                problem.wrong = bounded(&format!("`{given}`: {}", problem.wrong));
+            }
+            problems.push(problem);
             if !remove(&mut value, &segments) {
                 return (value, None);
             }
@@ -254,14 +264,10 @@ impl Layer {
                 None if known.is_empty() => "remove it".to_owned(),
                 None => format!("known here: {}", known.join(", ")),
             };
-            return self.problem(key.clone(), "unknown key".into(), right);
+            return self.problem(key.clone(), UNKNOWN_KEY.into(), right);
         }
-        let wrong = if last.contains("password") || last.contains("token") {
-            // Somebody may have put the secret itself here.
-            "wrong type of value (not shown)".to_owned()
-        } else {
-            bounded(&in_words(message))
-        };
+        let wrong =
+            if is_secret(&key) { "wrong type of value (not shown)".to_owned() } else { bounded(&in_words(message)) };
         let right = match example(&key) {
             Some(value) => format!("write it like {last} = {value}"),
             None => String::new(),
@@ -281,6 +287,22 @@ fn read_text(path: &Path) -> Result<String, (String, String)> {
         (format!("cannot be read: {error}"), "make it readable for the user framegate runs as".to_owned())
     })?;
     String::from_utf8(bytes).map_err(|_| ("not UTF-8 text".to_owned(), "save it as UTF-8".to_owned()))
+}
+
+/// Whether somebody may have put a secret itself here.
+fn is_secret(key: &str) -> bool {
+    let last = key.rsplit('.').next().unwrap_or(key);
+    ["password", "token", "secret"].iter().any(|it| last.contains(it))
+}
+
+/// The text that `path` leads to.
+fn text_at<'a>(value: &'a Value, path: &[Segment]) -> Option<&'a str> {
+    let step = |value: &'a Value, segment: &Segment| match segment {
+        Segment::Map { key } => value.get(key),
+        Segment::Seq { index } => value.get(index),
+        Segment::Enum { .. } | Segment::Unknown => Some(value),
+    };
+    path.iter().try_fold(value, step)?.as_str()
 }
 
 /// Removes what `path` leads to, or the nearest thing around it that is there. `false` if that is the whole.
