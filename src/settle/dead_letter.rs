@@ -270,6 +270,15 @@ impl Store {
         Ok(Retried::Moved)
     }
 
+    /// Brings an image after its JSON, should a power cut have kept only the second half of a move; `false`: there is none.
+    pub fn finish_retry(&self, id: &FrameId) -> io::Result<bool> {
+        match fs::rename(self.image_path(id), self.retry_line().image_path(id)) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Takes a pair out of the retry line. The JSON goes last: as long as it is there, [`Store::retry`] does not put another.
     pub fn clear(&self, id: &FrameId) -> io::Result<()> {
         unlink(&self.image_path(id))?;
@@ -336,12 +345,16 @@ impl Store {
         if self.directory.is_dir() {
             return Ok(());
         }
+        let ancestors = self.directory.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists());
+        let missing: Vec<_> = ancestors.collect();
         DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
-        if rustix::process::geteuid().is_root()
-            && let Some(parent) = self.directory.parent()
-        {
-            let owner = fs::metadata(parent)?;
-            chown(&self.directory, Some(owner.uid()), Some(owner.gid()))?;
+        for made in missing.into_iter().rev() {
+            let parent = made.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if rustix::process::geteuid().is_root() {
+                let owner = fs::metadata(parent)?;
+                chown(made, Some(owner.uid()), Some(owner.gid()))?;
+            }
+            sync_directory(parent)?;
         }
         Ok(())
     }

@@ -155,7 +155,7 @@ impl Source {
         let read = blocking(move || {
             let kept_again = matches!(store.show(&asked), Some(Listed::Sound(_)));
             // Settled, and then a crash came before the pair was cleared away. The JSON goes last.
-            if kept_again || !line.has_image(&asked) {
+            if kept_again || (!line.has_image(&asked) && !store.finish_retry(&asked)?) {
                 return line.clear(&asked).map(|()| None);
             }
             Ok(line.show(&asked))
@@ -472,6 +472,17 @@ mod tests {
         std::fs::remove_file(bench.dir.path().join(format!("retry/{}.image", second.id))).unwrap();
         bench.source.look().await;
         assert_eq!((bench.in_line(), bench.source.held.len()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn an_image_that_a_power_cut_left_behind_follows_its_json() {
+        let mut bench = Bench::new();
+        let id = bench.retried(b"abc").id;
+        let image = format!("{id}.image");
+        std::fs::rename(bench.dir.path().join("retry").join(&image), bench.dir.path().join(&image)).unwrap();
+        bench.letters.tidy().unwrap();
+        bench.source.look().await;
+        assert!(matches!(bench.taken(), Some((Taken::Frame(..), _))));
     }
 
     #[tokio::test]
