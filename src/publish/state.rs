@@ -476,17 +476,13 @@ impl Line {
 
     /// A login or renewal wants to go; it counts against the rate and is served before frames.
     pub(super) fn urgent(&mut self, now: Instant) -> Result<(), Instant> {
-        match self.limit.wait(now) {
-            Some(at) => {
-                self.urgent = true;
-                Err(at)
-            }
-            None => {
-                self.urgent = false;
-                self.limit.take(now);
-                Ok(())
-            }
+        if let Some(at) = self.limit.wait(now) {
+            self.urgent = true;
+            return Err(at);
         }
+        self.urgent = false;
+        self.limit.take(now);
+        Ok(())
     }
 
     /// There is a token. `fresh_login`: just from a login.
@@ -548,12 +544,12 @@ impl Line {
                 self.put_in_line(id, None, now);
             }
             Verdict::Forbidden { status, message } => {
-                self.refused(id, Reason::Forbidden, status, message, speaks, now);
+                self.refused(id, Reason::Forbidden, status, &message, speaks, now);
             }
             Verdict::Rejected { status, message } => {
-                self.refused(id, Reason::Rejected, status, message, speaks, now);
+                self.refused(id, Reason::Rejected, status, &message, speaks, now);
             }
-            Verdict::ServerError { status, message } => self.server_error(id, status, message, speaks, now),
+            Verdict::ServerError { status, message } => self.server_error(id, status, &message, speaks, now),
             Verdict::Transient { status, retry_after, message } => {
                 self.transient(id, status, retry_after, &message, speaks, now);
             }
@@ -607,7 +603,7 @@ impl Line {
                 }
                 if let Some(at) = lane.limit.wait(now) {
                     held = true;
-                    wake = earlier(wake, at);
+                    wake = Some(earlier(wake, at));
                 } else if first.is_none_or(|(t, _)| ticket < t) {
                     first = Some((ticket, id));
                 }
@@ -647,7 +643,7 @@ impl Line {
             self.waiting.values().copied().find(|id| {
                 let Some(lane) = self.cases.get(id).and_then(|case| self.lanes.get(&case.lane)) else { return false };
                 let limited = lane.limit.wait(now);
-                wake = limited.map_or(wake, |at| earlier(wake, at));
+                wake = limited.map_or(wake, |at| Some(earlier(wake, at)));
                 limited.is_none() && (!only_fresh || fresh(lane))
             })
         };
@@ -782,7 +778,7 @@ impl Line {
     }
 
     fn wake_at(&mut self, at: Instant) {
-        self.wake = earlier(self.wake, at);
+        self.wake = Some(earlier(self.wake, at));
     }
 
     fn note_held(&mut self, now: Instant, held: bool) {
@@ -835,8 +831,8 @@ impl Line {
     }
 
     /// 400 and the like, or 403.
-    fn refused(&mut self, id: CaseId, reason: Reason, status: u16, message: String, speaks: bool, now: Instant) {
-        self.say(id, status, message.clone());
+    fn refused(&mut self, id: CaseId, reason: Reason, status: u16, message: &str, speaks: bool, now: Instant) {
+        self.say(id, status, message);
         self.suspect(id, reason, 0, now);
         if !speaks {
             return;
@@ -853,14 +849,14 @@ impl Line {
             State::Forbidden | State::Rejecting => self.engine_trouble(state, None, &text(), speaks, now),
             // The engine is there again, and says something about this frame.
             State::Unreachable | State::Credentials | State::UnexpectedAnswer | State::Throttled | State::Failing => {
-                self.open("the engine answers again", now)
+                self.open("the engine answers again", now);
             }
         }
     }
 
-    fn server_error(&mut self, id: CaseId, status: u16, message: String, speaks: bool, now: Instant) {
+    fn server_error(&mut self, id: CaseId, status: u16, message: &str, speaks: bool, now: Instant) {
         self.concurrency.overloaded(now);
-        self.say(id, status, message.clone());
+        self.say(id, status, message);
         let (number, accepted, attempts) = (self.number, self.accepted, self.settings.attempts.max(1));
         let Some(case) = self.cases.get_mut(&id) else { return };
         // An outage answers 500 to all: a frame is charged once, and again only if another was accepted in between.
@@ -909,10 +905,10 @@ impl Line {
         }
     }
 
-    fn say(&mut self, id: CaseId, status: u16, message: String) {
+    fn say(&mut self, id: CaseId, status: u16, message: &str) {
         if let Some(case) = self.cases.get_mut(&id) {
             case.status = Some(status);
-            case.message = message;
+            message.clone_into(&mut case.message);
         }
     }
 
@@ -1059,8 +1055,8 @@ impl Line {
     }
 }
 
-fn earlier(a: Option<Instant>, b: Instant) -> Option<Instant> {
-    Some(a.map_or(b, |a| a.min(b)))
+fn earlier(a: Option<Instant>, b: Instant) -> Instant {
+    a.map_or(b, |a| a.min(b))
 }
 
 #[cfg(test)]
@@ -1178,7 +1174,7 @@ mod tests {
         Verdict::Transient { status: 503, retry_after, message: String::new() }
     }
 
-    const HALF_AN_HOUR: Duration = Duration::from_secs(1800);
+    const HALF_AN_HOUR: Duration = Duration::from_mins(30);
 
     #[test]
     fn whatever_is_answered_to_all_for_half_an_hour_pauses_and_loses_nothing() {
@@ -1267,12 +1263,12 @@ mod tests {
         for n in 0..40 {
             sim.enter(n % 4, 0.0);
         }
-        sim.run(Duration::from_secs(60), |_| forbidden());
+        sim.run(Duration::from_mins(1), |_| forbidden());
         for n in 0..40 {
             sim.enter(n % 4, 0.0);
             sim.run(Duration::from_secs(1), |_| Verdict::Accepted);
         }
-        sim.run(Duration::from_secs(60), |_| Verdict::Accepted);
+        sim.run(Duration::from_mins(1), |_| Verdict::Accepted);
         assert_eq!((sim.accepted.len(), sim.refused.len()), (80, 0));
     }
 
@@ -1283,7 +1279,7 @@ mod tests {
             sim.enter(n % 4, 0.0);
         }
         for _ in 0..2 {
-            sim.run(Duration::from_secs(600), |_| server_error());
+            sim.run(Duration::from_mins(10), |_| server_error());
             assert!(sim.line.cases.values().all(|case| case.charges <= 1));
         }
         sim.run(HALF_AN_HOUR, |_| Verdict::Accepted);
@@ -1374,7 +1370,7 @@ mod tests {
                 sim.enter(*detector, if *detector == 0 { 20.0 } else { 0.0 });
                 sim.run(Duration::from_millis(*gap), |_| verdicts.next().unwrap_or(Verdict::Accepted));
             }
-            sim.run(Duration::from_secs(36_000), |_| verdicts.next().unwrap_or(Verdict::Accepted));
+            sim.run(Duration::from_hours(10), |_| verdicts.next().unwrap_or(Verdict::Accepted));
             prop_assert_eq!(sim.accepted.len() + sim.refused.len(), frames.len());
             prop_assert_eq!(sim.line.in_flight() + sim.line.waiting() + sim.line.cases.len(), 0);
             prop_assert!(sim.line.timed.is_empty() && sim.line.suspects.is_empty());
