@@ -20,7 +20,6 @@ use crate::config::{self, Environment, Loaded};
 use crate::control::{self, Request};
 use crate::publish as engine;
 
-
 const EXAMPLES: &str = "\
 Examples:
   framegate demo                          see all of it work, without credentials

@@ -241,7 +241,9 @@ impl Template {
             let end = rest[open..].find('}').with_context(|| format!("`{name}` has a `{{` without its `}}`"))? + open;
             let inside = &rest[open + 1..end];
             let Some(index) = inside.strip_prefix("path.").and_then(|n| n.parse::<usize>().ok()) else {
-                bail!("`{{{inside}}}` is no placeholder of a drop directory; `{{path.0}}` is the first directory below `path`");
+                bail!(
+                    "`{{{inside}}}` is no placeholder of a drop directory; `{{path.0}}` is the first directory below `path`"
+                );
             };
             if open > 0 {
                 parts.push(Part::Text(rest[..open].to_owned()));
