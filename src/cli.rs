@@ -20,7 +20,6 @@ use crate::config::{self, Environment, Loaded};
 use crate::control::{self, Request};
 use crate::publish as engine;
 
-
 const EXAMPLES: &str = "\
 Examples:
   framegate demo                          see all of it work, without credentials
@@ -64,9 +63,9 @@ enum Command {
     Demo(demo::Args),
     /// Run the stand-in engine alone
     SimulateEngine(simulate_engine::Args),
-    /// Print the public-key pin of an engine's certificate, for engine.pin_sha256
+    /// Print the public-key pin of an engine's certificate, for `engine.pin_sha256`
     Pin {
-        /// The engine's address, for example https://10.0.0.123:5009
+        /// The engine's address, for example <https://10.0.0.123:5009>
         url: String,
     },
     /// Print the JSON schema of the configuration

@@ -31,7 +31,7 @@ use crate::{admin, control, log};
 /// Histograms fold their samples, gauges of the engine follow, the dead letters' janitor looks.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// How often old dead letters are looked for.
-const TIDY_EVERY: Duration = Duration::from_secs(60);
+const TIDY_EVERY: Duration = Duration::from_mins(1);
 /// After the deadline: time for answers already on their way and for sources to take frames back.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
@@ -128,8 +128,9 @@ impl Daemon {
     pub async fn start(settings: Settings, surroundings: Surroundings) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
-        let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
-            .context("cannot set up publishing to the engine")?;
+        let publisher =
+            Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
+                .context("cannot set up publishing to the engine")?;
         let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
         let listener = TcpListener::bind(settings.admin.listen)
             .await
@@ -149,7 +150,8 @@ impl Daemon {
             sources: Mutex::default(),
             watchdog: watchdog.clone(),
         });
-        let stages = Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
+        let stages =
+            Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
         let mut pipeline = JoinSet::new();
         pipeline.spawn(pipeline::run(outlet, Arc::new(stages), watchdog.watch("pipeline")));
 
@@ -352,7 +354,8 @@ impl Daemon {
 
     /// Applies what changed and leaves alone what did not. Nothing is applied unless all of it can be.
     fn reload(&mut self, path: &Path) -> anyhow::Result<String> {
-        let loaded = config::load(path, &config::Environment::from_process()).map_err(|problems| anyhow::anyhow!("{problems}"))?;
+        let loaded = config::load(path, &config::Environment::from_process())
+            .map_err(|problems| anyhow::anyhow!("{problems}"))?;
         for warning in &loaded.warnings {
             tracing::warn!("{warning}");
         }
@@ -416,7 +419,11 @@ impl Shared {
             uptime_seconds: self.started.elapsed().as_secs(),
             admin: self.admin,
             engine: self.publisher.status(),
-            sources: self.sources().iter().map(|(entry, health)| self.source_status(entry, health, &detectors)).collect(),
+            sources: self
+                .sources()
+                .iter()
+                .map(|(entry, health)| self.source_status(entry, health, &detectors))
+                .collect(),
             detectors,
             dead_letters,
             dead_letter_bytes,
@@ -438,11 +445,15 @@ impl Shared {
 
     /// One line for `systemctl status`.
     fn headline(&self) -> String {
-        let counts = self.metrics.detectors().iter().map(|d| d.counts()).fold((0, 0), |(published, pending), c| {
-            (published + c.published, pending + c.pending)
-        });
+        let counts = self
+            .metrics
+            .detectors()
+            .iter()
+            .map(|d| d.counts())
+            .fold((0, 0), |(published, pending), c| (published + c.published, pending + c.pending));
         let held = self.sources().iter().filter(|(_, health)| health.held().is_some()).count();
-        let mut line = format!("engine {}; {} published, {} pending", self.publisher.status().state.as_str(), counts.0, counts.1);
+        let mut line =
+            format!("engine {}; {} published, {} pending", self.publisher.status().state.as_str(), counts.0, counts.1);
         if held > 0 {
             line += &format!("; {held} detectors held");
         }
@@ -456,7 +467,9 @@ fn view(shared: &Arc<Shared>) -> admin::View {
         metrics: shared.metrics.clone(),
         alive: Box::new(move || alive.watchdog.alive()),
         ready: Box::new(move || {
-            let held = |(entry, health): &(Arc<Entry>, Health)| health.held().map(|why| format!("detector {}: {why}", entry.name));
+            let held = |(entry, health): &(Arc<Entry>, Health)| {
+                health.held().map(|why| format!("detector {}: {why}", entry.name))
+            };
             let mut reasons: Vec<_> = ready.sources().iter().filter_map(held).collect();
             if let Err(error) = ready.dead_letters.usable() {
                 reasons.push(format!("dead_letter.directory: {error}"));
@@ -481,7 +494,7 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
             tidied = Some(Instant::now());
             let letters = shared.dead_letters.clone();
             match tokio::task::spawn_blocking(move || letters.tidy()).await {
-                Ok(Ok(_)) => {}
+                Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("cannot tidy the dead letters: {error:#}"),
                 Err(error) => tracing::error!("tidying the dead letters failed: {error}"),
             }

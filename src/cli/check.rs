@@ -12,10 +12,10 @@ use crate::source::directory::{self, AfterPublish, DetectTime, Watch};
 use crate::source::{Entry, Order};
 
 /// `EX_CONFIG` of sysexits.h: systemd units can tell it from a crash.
-pub const EXIT_CONFIG: u8 = 78;
+pub(super) const EXIT_CONFIG: u8 = 78;
 
 /// Checks the configuration at `path`.
-pub fn run(path: &Path) -> ExitCode {
+pub(super) fn run(path: &Path) -> ExitCode {
     let written = match config::load(path, &Environment::from_process()) {
         Ok(loaded) => report(&mut io::stdout().lock(), path, &loaded).map(|()| ExitCode::SUCCESS),
         Err(problems) => writeln!(io::stderr().lock(), "{problems}").map(|()| ExitCode::from(EXIT_CONFIG)),
@@ -25,7 +25,7 @@ pub fn run(path: &Path) -> ExitCode {
 }
 
 /// Writes what was understood.
-pub fn report(out: &mut impl Write, path: &Path, loaded: &Loaded) -> io::Result<()> {
+pub(super) fn report(out: &mut impl Write, path: &Path, loaded: &Loaded) -> io::Result<()> {
     let Loaded { settings, warnings } = loaded;
     engine(out, settings)?;
     limits(out, settings)?;

@@ -476,16 +476,13 @@ impl Line {
 
     /// A login or renewal wants to go; it counts against the rate and is served before frames.
     pub(super) fn urgent(&mut self, now: Instant) -> Result<(), Instant> {
-        match self.limit.wait(now) {
-            Some(at) => {
-                self.urgent = true;
-                Err(at)
-            }
-            None => {
-                self.urgent = false;
-                self.limit.take(now);
-                Ok(())
-            }
+        if let Some(at) = self.limit.wait(now) {
+            self.urgent = true;
+            Err(at)
+        } else {
+            self.urgent = false;
+            self.limit.take(now);
+            Ok(())
         }
     }
 
@@ -853,7 +850,7 @@ impl Line {
             State::Forbidden | State::Rejecting => self.engine_trouble(state, None, &text(), speaks, now),
             // The engine is there again, and says something about this frame.
             State::Unreachable | State::Credentials | State::UnexpectedAnswer | State::Throttled | State::Failing => {
-                self.open("the engine answers again", now)
+                self.open("the engine answers again", now);
             }
         }
     }

@@ -108,7 +108,9 @@ impl Rig {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(PATIENCE / 2, wait).await.unwrap_or_else(|_| panic!("{what}: {:?}", self.publisher.status()));
+        tokio::time::timeout(PATIENCE / 2, wait)
+            .await
+            .unwrap_or_else(|_| panic!("{what}: {:?}", self.publisher.status()));
     }
 
     fn posts(&self) -> usize {
