@@ -243,13 +243,11 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
     let mut cause = error.source();
     while let Some(inner) = cause {
         what = inner.to_string();
-        if let Some(inner) = inner
-            .downcast_ref::<rustls::Error>()
-            .or_else(|| inner.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>())
-        {
+        if let Some(inner) = tls_error(inner) {
             what = inner.to_string();
             tls = true;
-            certificate = matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::General(_));
+            certificate =
+                matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented);
         }
         cause = inner.source();
     }
@@ -262,6 +260,14 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
         (false, ..) if timeout => SendError::Timeout { sent },
         (false, ..) => SendError::Reset { sent, what },
     }
+}
+
+/// An I/O error does not show what it wraps as its cause, and may be wrapped in another one.
+fn tls_error<'a>(mut error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    while let Some(wrapped) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        error = wrapped;
+    }
+    error.downcast_ref()
 }
 
 /// A body that tells whether anybody asked for its bytes: only then can they have left.
