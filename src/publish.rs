@@ -146,10 +146,10 @@ impl EngineStatus {
     pub fn describe(&self) -> String {
         let mut text = self.state.as_str().to_owned();
         if !self.reason.is_empty() && self.state != State::Open {
-            text += &format!(": {}", self.reason);
+            text.extend([": ", &self.reason]);
         }
         if !self.advice.is_empty() {
-            text += &format!(" ({})", self.advice);
+            text.extend([" (", &self.advice, ")"]);
         }
         text
     }
@@ -539,7 +539,14 @@ impl<'a> Seat<'a> {
         let reason = ended.verdict.reason();
         let failure = match &ended.verdict {
             Verdict::Accepted | Verdict::Token => None,
-            verdict => Some(format!("{verdict:?}")),
+            Verdict::Credentials(_)
+            | Verdict::Forbidden { .. }
+            | Verdict::Rejected { .. }
+            | Verdict::ServerError { .. }
+            | Verdict::Transient { .. }
+            | Verdict::NotOurEngine(_)
+            | Verdict::Unreachable(_)
+            | Verdict::Ambiguous(_) => Some(format!("{:?}", ended.verdict)),
         };
         let next = desk.line.ended(ended, Instant::now());
         if next == Next::Accepted {

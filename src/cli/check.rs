@@ -162,3 +162,28 @@ fn per_second(rate: f64) -> String {
 fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn check_says_what_it_understood() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/examples/ftp-cameras.toml");
+        let loaded = config::load(&file, &Environment::default()).unwrap();
+        let mut out = Vec::new();
+        report(&mut out, &file, &loaded).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        for part in [
+            "engine https://customer.econnectcloud.com/identities\n",
+            "account    edge-07, password in ",
+            "rate       50 attempts per second",
+            "detector {path.0}\n",
+            "directory  /srv/ftp with sub-directories",
+            "dropped when older than 1day",
+            "is valid: 1 detector, 1 warning\n",
+        ] {
+            assert!(out.contains(part), "{part}\n{out}");
+        }
+    }
+}

@@ -56,7 +56,7 @@ pub(super) struct Args {
     errors: f64,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !(0.0..=0.9).contains(&args.errors) {
         anyhow::bail!("--errors {} is not a share from 0 to 0.9", args.errors);
     }
@@ -67,7 +67,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let home =
         tempfile::Builder::new().prefix("framegate-demo-").tempdir().context("cannot make a temporary directory")?;
     let runtime = super::runtime()?;
-    let result = runtime.block_on(demo(&args, home.path(), log));
+    let result = runtime.block_on(demo(args, home.path(), log));
     runtime.shutdown_timeout(Duration::from_secs(1));
     home.close().context("cannot remove the demo's temporary directory")?;
     result
@@ -264,7 +264,7 @@ fn finish(
             "  stalled: nothing moved for {STALLED_AFTER:?}; {pending} of {written} frames were still waiting"
         )?,
         End::Interrupted => {
-            writeln!(text, "  interrupted: {pending} of {written} written frames were not published yet")?
+            writeln!(text, "  interrupted: {pending} of {written} written frames were not published yet")?;
         }
     }
     super::print(&text)?;

@@ -48,13 +48,13 @@ pub(super) struct Args {
     paths: Vec<PathBuf>,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let loaded = match super::load(&args.config.config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
     let _log = log::init(&loaded.settings.log)?;
-    let detector = detector(&args, &loaded.settings)?;
+    let detector = detector(args, &loaded.settings)?;
     let files = find(&args.paths)?;
     super::runtime()?.block_on(publish_all(&loaded.settings, detector, files))
 }

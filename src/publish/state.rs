@@ -545,12 +545,12 @@ impl Line {
                 self.put_in_line(id, None, now);
             }
             Verdict::Forbidden { status, message } => {
-                self.refused(id, Reason::Forbidden, status, message, speaks, now);
+                self.refused(id, Reason::Forbidden, status, &message, speaks, now);
             }
             Verdict::Rejected { status, message } => {
-                self.refused(id, Reason::Rejected, status, message, speaks, now);
+                self.refused(id, Reason::Rejected, status, &message, speaks, now);
             }
-            Verdict::ServerError { status, message } => self.server_error(id, status, message, speaks, now),
+            Verdict::ServerError { status, message } => self.server_error(id, status, &message, speaks, now),
             Verdict::Transient { status, retry_after, message } => {
                 self.transient(id, status, retry_after, &message, speaks, now);
             }
@@ -604,7 +604,7 @@ impl Line {
                 }
                 if let Some(at) = lane.limit.wait(now) {
                     held = true;
-                    wake = earlier(wake, at);
+                    wake = Some(earlier(wake, at));
                 } else if first.is_none_or(|(t, _)| ticket < t) {
                     first = Some((ticket, id));
                 }
@@ -644,7 +644,7 @@ impl Line {
             self.waiting.values().copied().find(|id| {
                 let Some(lane) = self.cases.get(id).and_then(|case| self.lanes.get(&case.lane)) else { return false };
                 let limited = lane.limit.wait(now);
-                wake = limited.map_or(wake, |at| earlier(wake, at));
+                wake = limited.map(|at| earlier(wake, at)).or(wake);
                 limited.is_none() && (!only_fresh || fresh(lane))
             })
         };
@@ -779,7 +779,7 @@ impl Line {
     }
 
     fn wake_at(&mut self, at: Instant) {
-        self.wake = earlier(self.wake, at);
+        self.wake = Some(earlier(self.wake, at));
     }
 
     fn note_held(&mut self, now: Instant, held: bool) {
@@ -832,8 +832,8 @@ impl Line {
     }
 
     /// 400 and the like, or 403.
-    fn refused(&mut self, id: CaseId, reason: Reason, status: u16, message: String, speaks: bool, now: Instant) {
-        self.say(id, status, message.clone());
+    fn refused(&mut self, id: CaseId, reason: Reason, status: u16, message: &str, speaks: bool, now: Instant) {
+        self.say(id, status, message);
         self.suspect(id, reason, 0, now);
         if !speaks {
             return;
@@ -855,9 +855,9 @@ impl Line {
         }
     }
 
-    fn server_error(&mut self, id: CaseId, status: u16, message: String, speaks: bool, now: Instant) {
+    fn server_error(&mut self, id: CaseId, status: u16, message: &str, speaks: bool, now: Instant) {
         self.concurrency.overloaded(now);
-        self.say(id, status, message.clone());
+        self.say(id, status, message);
         let (number, accepted, attempts) = (self.number, self.accepted, self.settings.attempts.max(1));
         let Some(case) = self.cases.get_mut(&id) else { return };
         // An outage answers 500 to all: a frame is charged once, and again only if another was accepted in between.
@@ -906,10 +906,10 @@ impl Line {
         }
     }
 
-    fn say(&mut self, id: CaseId, status: u16, message: String) {
+    fn say(&mut self, id: CaseId, status: u16, message: &str) {
         if let Some(case) = self.cases.get_mut(&id) {
             case.status = Some(status);
-            case.message = message;
+            message.clone_into(&mut case.message);
         }
     }
 
@@ -1056,6 +1056,6 @@ impl Line {
     }
 }
 
-fn earlier(a: Option<Instant>, b: Instant) -> Option<Instant> {
-    Some(a.map_or(b, |a| a.min(b)))
+fn earlier(a: Option<Instant>, b: Instant) -> Instant {
+    a.map_or(b, |a| a.min(b))
 }
