@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -31,7 +31,7 @@ use crate::{admin, control, log};
 /// Histograms fold their samples, gauges of the engine follow, the dead letters' janitor looks.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// How often old dead letters are looked for.
-const TIDY_EVERY: Duration = Duration::from_secs(60);
+const TIDY_EVERY: Duration = Duration::from_mins(1);
 /// After the deadline: time for answers already on their way and for sources to take frames back.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
@@ -82,7 +82,6 @@ struct Source {
     entry: Arc<Entry>,
     health: Health,
     stop: CancellationToken,
-    task: AbortHandle,
 }
 
 /// The `/status` document.
@@ -228,7 +227,7 @@ impl Daemon {
                 Some(()) = reload.recv() => { self.reload_from_file(); }
                 request = self.requests.recv(), if control_open => match request {
                     Some((request, reply)) => {
-                        let answer = self.answer(request);
+                        let answer = self.answer(&request);
                         // Whoever asked may have gone; the work is done all the same.
                         drop(reply.send(answer));
                     }
@@ -293,7 +292,7 @@ impl Daemon {
         let entry = Arc::new(entry);
         let health = Health::default();
         let stop = CancellationToken::new();
-        let task = self.source_tasks.spawn(directory::run(
+        self.source_tasks.spawn(directory::run(
             entry.clone(),
             self.intake.clone(),
             self.shared.metrics.clone(),
@@ -301,7 +300,7 @@ impl Daemon {
             health.clone(),
             stop.clone(),
         ));
-        self.sources.push(Source { entry, health, stop, task });
+        self.sources.push(Source { entry, health, stop });
         self.publish_sources();
     }
 
@@ -319,7 +318,7 @@ impl Daemon {
         *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 
-    fn answer(&mut self, request: Request) -> Answer {
+    fn answer(&mut self, request: &Request) -> Answer {
         match request {
             Request::Reload => self.reload_from_file(),
             Request::Status => match serde_json::to_value(self.shared.status()) {
@@ -393,7 +392,8 @@ impl Daemon {
             gone.len()
         );
         if !changes.needs_restart.is_empty() {
-            message += &format!("; needs a restart to take effect: {}", changes.needs_restart.join(", "));
+            message.push_str("; needs a restart to take effect: ");
+            message.push_str(&changes.needs_restart.join(", "));
         }
         self.settings = new;
         Ok(message)
@@ -494,7 +494,7 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
             tidied = Some(Instant::now());
             let letters = shared.dead_letters.clone();
             match tokio::task::spawn_blocking(move || letters.tidy()).await {
-                Ok(Ok(_)) => {}
+                Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("cannot tidy the dead letters: {error:#}"),
                 Err(error) => tracing::error!("tidying the dead letters failed: {error}"),
             }

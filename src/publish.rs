@@ -146,10 +146,10 @@ impl EngineStatus {
     pub fn describe(&self) -> String {
         let mut text = self.state.as_str().to_owned();
         if !self.reason.is_empty() && self.state != State::Open {
-            text += &format!(": {}", self.reason);
+            text.extend([": ", &self.reason]);
         }
         if !self.advice.is_empty() {
-            text += &format!(" ({})", self.advice);
+            text.extend([" (", &self.advice, ")"]);
         }
         text
     }

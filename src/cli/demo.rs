@@ -31,7 +31,7 @@ const FACE_BYTES: usize = 40 * 1024;
 /// How often the display is drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(200);
 /// Without progress for this long, the demo gives up and says what is missing.
-const STALLED_AFTER: Duration = Duration::from_secs(60);
+const STALLED_AFTER: Duration = Duration::from_mins(1);
 /// Frames that one run may ask for: they are files in the temporary directory until they are published.
 const FRAMES_MAX: u64 = 1_000_000;
 
@@ -56,7 +56,7 @@ pub(super) struct Args {
     errors: f64,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !(0.0..=0.9).contains(&args.errors) {
         anyhow::bail!("--errors {} is not a share from 0 to 0.9", args.errors);
     }
@@ -67,7 +67,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let home =
         tempfile::Builder::new().prefix("framegate-demo-").tempdir().context("cannot make a temporary directory")?;
     let runtime = super::runtime()?;
-    let result = runtime.block_on(demo(&args, home.path(), log));
+    let result = runtime.block_on(demo(args, home.path(), log));
     runtime.shutdown_timeout(Duration::from_secs(1));
     home.close().context("cannot remove the demo's temporary directory")?;
     result

@@ -28,7 +28,7 @@ use crate::queue::Taken;
 use crate::settle::Receipt;
 
 /// Without one acceptance for this long, the rest is given up: somebody is waiting at the terminal.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
 /// Failures that are listed one by one; the others are only counted.
 const LISTED_MAX: usize = 20;
 
@@ -48,13 +48,13 @@ pub(super) struct Args {
     paths: Vec<PathBuf>,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let loaded = match super::load(&args.config.config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
     let _log = log::init(&loaded.settings.log)?;
-    let detector = detector(&args, &loaded.settings)?;
+    let detector = detector(args, &loaded.settings)?;
     let files = find(&args.paths)?;
     super::runtime()?.block_on(publish_all(&loaded.settings, detector, files))
 }

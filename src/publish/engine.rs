@@ -246,7 +246,8 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
         if let Some(inner) = as_rustls(inner) {
             what = inner.to_string();
             tls = true;
-            certificate = matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::General(_));
+            certificate =
+                matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented);
         }
         cause = inner.source();
     }

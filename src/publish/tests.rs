@@ -349,8 +349,13 @@ async fn a_dropped_publish_gives_its_place_back() {
 }
 
 /// A TLS server with a certificate of its own making; its base URL and its pin.
-async fn tls_server() -> (TcpListener, tokio_rustls::TlsAcceptor, String, String, rcgen::CertifiedKey<rcgen::KeyPair>) {
-    let made = rcgen::generate_simple_self_signed(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
+async fn tls_server(
+    expires: i32,
+) -> (TcpListener, tokio_rustls::TlsAcceptor, String, String, rcgen::CertifiedKey<rcgen::KeyPair>) {
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
+    params.not_after = rcgen::date_time_ymd(expires, 1, 1);
+    let signing_key = rcgen::KeyPair::generate().unwrap();
+    let made = rcgen::CertifiedKey { cert: params.self_signed(&signing_key).unwrap(), signing_key };
     let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -389,15 +394,17 @@ async fn pins_and_ca_files_let_the_right_server_in_and_no_other() {
     let other = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).unwrap();
     std::fs::write(&other_ca, other.cert.pem()).unwrap();
     let wrong_pin = "00".repeat(32);
-    for (ca_file, pinned, insecure, expected) in [
-        (None, Some(true), false, State::Open),
-        (None, Some(false), false, State::UnexpectedAnswer),
-        (Some(&ca), None, false, State::Open),
-        (Some(&other_ca), None, false, State::UnexpectedAnswer),
-        (Some(&other_ca), Some(true), false, State::UnexpectedAnswer),
-        (None, None, true, State::Open),
+    for (ca_file, pinned, insecure, expires, expected) in [
+        (None, Some(true), false, 2999, State::Open),
+        (None, Some(true), false, 2001, State::UnexpectedAnswer),
+        (None, Some(false), false, 2999, State::UnexpectedAnswer),
+        (Some(&ca), None, false, 2999, State::Open),
+        (Some(&ca), None, false, 2001, State::UnexpectedAnswer),
+        (Some(&other_ca), None, false, 2999, State::UnexpectedAnswer),
+        (Some(&other_ca), Some(true), false, 2999, State::UnexpectedAnswer),
+        (None, None, true, 2001, State::Open),
     ] {
-        let (listener, acceptor, base_url, pin, made) = tls_server().await;
+        let (listener, acceptor, base_url, pin, made) = tls_server(expires).await;
         std::fs::write(&ca, made.cert.pem()).unwrap();
         let config = engine::Config {
             base_url: base_url.clone(),
@@ -422,7 +429,29 @@ async fn pins_and_ca_files_let_the_right_server_in_and_no_other() {
         };
         let (outcome, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(publishing, watching) }).await.unwrap();
         let good = if expected == State::Open { Outcome::Accepted } else { Outcome::Released };
-        assert_eq!(outcome, good, "{ca_file:?} {pinned:?} {insecure} {:?}", rig.publisher.status());
+        assert_eq!(outcome, good, "{ca_file:?} {pinned:?} {insecure} {expires} {:?}", rig.publisher.status());
         assert!(rig.tasks.len() == 2 && rig.publisher.status().insecure == insecure);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_speaks_no_tls_is_unreachable() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = engine::Config {
+        base_url: format!("https://{}", listener.local_addr().unwrap()),
+        danger_accept_invalid_certs: true,
+        ..engine::Config::default()
+    };
+    let rig = Rig::with(quick(), config, |app, tasks| {
+        tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
+    });
+    let frame = frame("cam", 0.0);
+    let publishing = rig.publisher.publish(&frame, Bytes::from_static(b"{}"), || ());
+    let watching = async {
+        rig.eventually("paused", |status| status.state == State::Unreachable).await;
+        assert!(rig.publisher.status().reason.contains("TLS failed"), "{}", rig.publisher.status().reason);
+        rig.publisher.stop();
+    };
+    let (outcome, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(publishing, watching) }).await.unwrap();
+    assert_eq!(outcome, Outcome::Released);
 }

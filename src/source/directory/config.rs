@@ -57,13 +57,13 @@ impl Default for Config {
             recursive: true,
             include: ["*.jpg", "*.jpeg", "*.png"].map(str::to_owned).into(),
             quiet: Duration::from_millis(500),
-            partial_timeout: Duration::from_secs(60),
+            partial_timeout: Duration::from_mins(1),
             rescan: Duration::from_secs(30),
             watch: Watch::Auto,
             detect_time: DetectTime::Modified,
             after_publish: AfterPublish::Delete,
             archive: None,
-            archive_max_age: Duration::from_secs(30 * 24 * 3600),
+            archive_max_age: Duration::from_hours(30 * 24),
             remove_empty_directories: false,
         }
     }
