@@ -190,7 +190,9 @@ mod tests {
         let mut fields = vec![field(exif::Tag::DateTimeOriginal, "2026:11:23 03:00:00")];
         fields.extend(offset.map(|text| field(exif::Tag::OffsetTimeOriginal, text)));
         let mut writer = exif::experimental::Writer::new();
-        fields.iter().for_each(|f| writer.push_field(f));
+        for field in &fields {
+            writer.push_field(field);
+        }
         let mut tiff = Cursor::new(Vec::new());
         writer.write(&mut tiff, false).unwrap();
         let mut segment = b"Exif\0\0".to_vec();
