@@ -5,6 +5,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses its own part of the harness")]
 
 pub mod engine;
+pub mod faults;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
