@@ -126,6 +126,7 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                     Ok(Ok(true)) => site.deliver(),
                     Ok(Ok(false)) => {
                         (watcher, events) = (None, None);
+                        scan_due = Instant::now();
                         exhausted(site);
                     }
                     Ok(Err(error)) => site.hold(&missing(&error)),
@@ -145,12 +146,14 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                     let (at, to, with) = (site.clone(), root.clone(), watcher.clone());
                     if !blocking(move || Ok(handle(&at, &to, with.as_ref(), batch))).await.unwrap_or(true) {
                         (watcher, events) = (None, None);
+                        scan_due = Instant::now();
                         exhausted(site);
                     }
                 }
                 Err(error) => {
                     tracing::warn!(%error, path = ?config.path, "watching failed; polling from now on");
                     (watcher, events) = (None, None);
+                    scan_due = Instant::now();
                 }
             },
             () = site.changed.notified() => young_due = Some(Instant::now()),
