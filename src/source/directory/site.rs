@@ -338,29 +338,54 @@ impl Site {
         self.register(inner, detector);
         let added = inner.window.add(detector, waiting, fresh, scan);
         let line = &inner.lines[detector];
-        match added {
-            Added::Known => return,
-            Added::NoRoom => *tally.no_room.entry(detector.clone()).or_default() += 1,
-            Added::InLine | Added::InsteadOf => {
-                if added == Added::InsteadOf {
-                    *tally.no_room.entry(detector.clone()).or_default() += 1;
-                }
-                line.ready.ready();
+        if added == Added::Known {
+            if counted {
+                // In line by another way: one file, counted twice.
+                line.dropped("vanished");
             }
-        }
-        if counted {
             return;
         }
-        if scan == 0 {
-            line.received(1);
-            if added != Added::InLine {
-                // Counted, but beyond the window now: itself, or the one that it took the place of.
-                tally.no_room.entry(detector.clone()).and_modify(|n| *n -= 1);
-                *inner.beyond.entry(detector.clone()).or_default() += 1;
-            }
-        } else if added != Added::NoRoom {
-            *tally.added.entry(detector.clone()).or_default() += 1;
+        if added != Added::NoRoom {
+            line.ready.ready();
         }
+        if scan > 0 {
+            *tally.added.entry(detector.clone()).or_default() += i64::from(added != Added::NoRoom);
+        } else if !counted {
+            line.received(1);
+        }
+        // What stays beyond the window, or goes out of it, is counted there; what this scan will still meet, when it does.
+        let beyond = if scan > 0 { &mut tally.no_room } else { &mut inner.beyond };
+        match added {
+            Added::NoRoom => *beyond.entry(detector.clone()).or_default() += 1,
+            Added::InsteadOf { detector, met } => {
+                *beyond.entry(detector.clone()).or_default() += i64::from(met);
+                if scan > 0 {
+                    *tally.added.entry(detector).or_default() -= 1;
+                }
+            }
+            Added::InLine | Added::Known => {}
+        }
+    }
+
+    /// A claim goes in line: it always has room, since no scan would find it again.
+    fn add_claim(self: &Arc<Self>, inner: &mut Inner, detector: &Arc<str>, claim: Claim, look: Look, settled: bool) {
+        let now = Instant::now();
+        let waiting = Waiting {
+            // A key of its own: the place that it came from may have another file by now.
+            key: Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() },
+            size: look.size,
+            mtime: look.mtime,
+            noticed: now,
+            received_at: Timestamp::now(),
+            still_since: now,
+            settled,
+            claim: Some(claim),
+        };
+        self.register(inner, detector);
+        inner.window.put_back(detector, waiting);
+        let line = &inner.lines[detector];
+        line.received(1);
+        line.ready.ready();
     }
 
     /// An entry that is never taken: counted and said once.
@@ -540,25 +565,12 @@ impl Site {
 
     /// Claims of dead instances go back in line.
     fn adopt(self: &Arc<Self>, root: &Arc<Root>) -> io::Result<()> {
-        let mut tally = Tally::default();
         for claim in root.adopt()? {
-            let look = claim.place(false).and_then(|(place, name)| tree::look(&place, &name))?;
+            // One that cannot be looked at now is tried again when it is its turn: it is listed only once.
+            let look = claim.place(false).and_then(|(place, name)| tree::look(&place, &name)).unwrap_or(NOTHING);
             let mut inner = self.inner();
             let detector = self.detector_of(&inner, &claim.dir).unwrap_or_else(|| self.entry.name.as_str().into());
-            self.register(&mut inner, &detector);
-            let now = Instant::now();
-            let waiting = Waiting {
-                // A key of its own: the place that it came from may have another file by now.
-                key: Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() },
-                size: look.size,
-                mtime: look.mtime,
-                noticed: now,
-                received_at: Timestamp::now(),
-                still_since: now,
-                settled: true,
-                claim: Some(claim),
-            };
-            self.add(&mut inner, &detector, waiting, false, 0, false, &mut tally);
+            self.add_claim(&mut inner, &detector, claim, look, true);
         }
         Ok(())
     }
@@ -600,7 +612,7 @@ impl Site {
         };
         let result = match &waiting.claim {
             Some(claim) => self.take_claimed(claim.clone(), &waiting, buffer),
-            None => self.take_file(&root, &waiting, buffer),
+            None => self.take_file(&root, offered, &waiting, buffer),
         };
         match result {
             Ok(Catch::Whole(claim, look)) => self.frame(offered, &waiting, &claim, look, buffer, None),
@@ -625,7 +637,8 @@ impl Site {
                 self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
                 self.hold(&trouble(&error));
                 let look = Look { size: waiting.size, mtime: waiting.mtime, ..NOTHING };
-                if waiting.claim.is_none() {
+                // A claim goes back in line as it is: there is nothing in its old place to look at.
+                if offered.waiting.as_ref().is_some_and(|waiting| waiting.claim.is_none()) {
                     self.back_to_young(offered, &waiting, look, Some(RETRY_AFTER));
                 }
                 Taken::Gone
@@ -633,7 +646,13 @@ impl Site {
         }
     }
 
-    fn take_file(&self, root: &Arc<Root>, waiting: &Waiting, buffer: &mut Vec<u8>) -> io::Result<Catch> {
+    fn take_file(
+        &self,
+        root: &Arc<Root>,
+        offered: &mut Offered,
+        waiting: &Waiting,
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<Catch> {
         let key = &waiting.key;
         let dir = match tree::open_below(root.fd.as_fd(), &key.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
@@ -657,18 +676,14 @@ impl Site {
             return Ok(Catch::NotYet(look));
         }
         let flaw = image::inspect(buffer).err();
-        let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
-        let patience = match &flaw {
-            None => true,
-            Some(Flaw::Unsupported(_)) => unchanged && waiting.settled,
-            Some(Flaw::Truncated(_)) => {
-                unchanged && waiting.still_since.elapsed() >= self.entry.directory.partial_timeout
-            }
-        };
-        if !patience {
+        if flaw.as_ref().is_some_and(|flaw| !self.is_final(flaw, &look, waiting)) {
             return Ok(Catch::NotYet(look));
         }
         let Some(claim) = root.claim(dir.as_fd(), &key.dir, &key.name)? else { return Ok(Catch::Vanished) };
+        // From here on an error must not forget that it is ours.
+        if let Some(waiting) = &mut offered.waiting {
+            waiting.claim = Some(claim.clone());
+        }
         let (place, name) = claim.place(false)?;
         let claimed = tree::look(&place, &name)?;
         if claimed.same_content(&look) {
@@ -700,7 +715,9 @@ impl Site {
         let whole = read(place.as_fd(), &name, &look, buffer)?;
         match (whole, image::inspect(buffer)) {
             (true, Ok(_)) => Ok(Catch::Whole(claim, look)),
-            (true, Err(flaw)) if waiting.claim.is_some() => Ok(Catch::Flawed(claim, look, refusal(&flaw))),
+            (true, Err(flaw)) if waiting.claim.is_some() && self.is_final(&flaw, &look, waiting) => {
+                Ok(Catch::Flawed(claim, look, refusal(&flaw)))
+            }
             (_, _) => {
                 // Somebody is writing it: it goes back to him.
                 if claim.put_back()? {
@@ -709,6 +726,16 @@ impl Site {
                 Ok(Catch::Flawed(claim, look, refusal(&Flaw::Truncated("rewritten while it was taken"))))
             }
         }
+    }
+
+    /// Whether nobody is going to mend it any more.
+    fn is_final(&self, flaw: &Flaw, look: &Look, waiting: &Waiting) -> bool {
+        let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
+        unchanged
+            && match flaw {
+                Flaw::Unsupported(_) => waiting.settled,
+                Flaw::Truncated(_) => waiting.still_since.elapsed() >= self.entry.directory.partial_timeout,
+            }
     }
 
     fn unfit(&self, look: &Look) -> Option<&'static str> {
@@ -841,7 +868,17 @@ impl Site {
             noticed: waiting.noticed,
             received_at: waiting.received_at,
         };
-        inner.young.insert(waiting.key.clone(), young);
+        // A claim has been put back in its place.
+        let key = match &waiting.claim {
+            Some(claim) => Key { dir: claim.dir.clone(), name: claim.name.clone() },
+            None => waiting.key.clone(),
+        };
+        if inner.young.insert(key, young).is_some_and(|before| before.counted)
+            && let Some(line) = inner.lines.get(&offered.detector)
+        {
+            // Its place was free: the one that was waited for there is gone.
+            line.dropped("vanished");
+        }
         drop(inner);
         self.changed.notify_one();
         self.done();
@@ -873,6 +910,9 @@ impl Site {
                 self.settled(held);
             }
             Disposition::Rejected => {
+                if self.rewritten(held)? {
+                    return Ok(());
+                }
                 held.claim.remove()?;
                 self.settled(held);
             }
@@ -900,19 +940,8 @@ impl Site {
         }
         let claim = held.claim.renew()?;
         self.settled(held);
-        let mut inner = self.inner();
-        let now = Instant::now();
-        let waiting = Waiting {
-            key: Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() },
-            size: look.size,
-            mtime: look.mtime,
-            noticed: now,
-            received_at: Timestamp::now(),
-            still_since: now,
-            settled: true,
-            claim: Some(claim),
-        };
-        self.add(&mut inner, &held.detector, waiting, true, 0, false, &mut Tally::default());
+        // Its writer may be in the middle of it.
+        self.add_claim(&mut self.inner(), &held.detector, claim, look, false);
         Ok(true)
     }
 

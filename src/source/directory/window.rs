@@ -49,12 +49,17 @@ pub(super) struct Waiting {
 }
 
 /// What adding a file did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Added {
     /// It stands in line.
     InLine,
-    /// It stands in line, and another that had been counted went out of the window for it.
-    InsteadOf,
+    /// It stands in line, and another, which had been counted, went out of the window for it.
+    InsteadOf {
+        /// Whose line that stood in.
+        detector: Arc<str>,
+        /// Whether it has been met: `false` if this scan will still meet it.
+        met: bool,
+    },
     /// It was known.
     Known,
     /// The window is full of better ones.
@@ -109,8 +114,9 @@ impl Window {
         let mut added = Added::InLine;
         if self.waiting >= self.max {
             match self.make_room(detector, waiting.mtime, fresh) {
-                // One that this scan has passed is counted with those beyond the window; the others it will still meet.
-                Some(state) => added = if scan == 0 || state.scan == scan { Added::InsteadOf } else { Added::InLine },
+                Some((detector, state)) => {
+                    added = Added::InsteadOf { detector, met: scan == 0 || state.scan == scan };
+                }
                 None => return Added::NoRoom,
             }
         }
@@ -173,31 +179,30 @@ impl Window {
         }
     }
 
-    /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`.
-    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<State> {
+    /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`. Never a claim: no
+    /// scan would find it again.
+    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<(Arc<str>, State)> {
         let newest_first = self.order == Order::FreshestFirst;
         // A detector with little gets room at the cost of the one with most.
-        let longest = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
-        let own = **longest.0 == *detector;
-        let line = longest.1;
-        let edge = if newest_first { line.backlog.first_key_value() } else { line.backlog.last_key_value() };
-        let (worst, from_backlog) = match edge {
-            Some((key, _)) => (key.0, true),
-            None if newest_first => (line.fresh.front()?.mtime, false),
-            None => (line.fresh.back()?.mtime, false),
+        let (longest, line) = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
+        let mut files = line.backlog.iter().filter(|(_, waiting)| waiting.claim.is_none()).map(|(key, _)| *key);
+        let edge = if newest_first { files.next() } else { files.next_back() };
+        let worst = match edge {
+            Some(key) => key.0,
+            None if newest_first => line.fresh.front()?.mtime,
+            None => line.fresh.back()?.mtime,
         };
         let better = if newest_first { fresh || mtime > worst } else { mtime < worst };
-        if own && !better {
+        if **longest == *detector && !better {
             return None;
         }
-        let gone = match (from_backlog, newest_first) {
-            (true, true) => line.backlog.pop_first()?.1,
-            (true, false) => line.backlog.pop_last()?.1,
-            (false, true) => line.fresh.pop_front()?,
-            (false, false) => line.fresh.pop_back()?,
+        let gone = match edge {
+            Some(key) => line.backlog.remove(&key)?,
+            None if newest_first => line.fresh.pop_front()?,
+            None => line.fresh.pop_back()?,
         };
         self.waiting -= 1;
-        self.known.remove(&gone.key)
+        Some((longest.clone(), self.known.remove(&gone.key)?))
     }
 }
 
@@ -294,9 +299,10 @@ mod tests {
         }
         assert_eq!(window.add(&cam, file(3, now), false, 1), Added::Known);
         assert_eq!(window.add(&cam, file(0, now), false, 1), Added::NoRoom);
-        assert_eq!(window.add(&cam, file(4, now), false, 1), Added::InsteadOf, "1 was passed by this scan");
-        assert_eq!(window.add(&cam, file(5, now), false, 2), Added::InLine, "2 will be met by this scan again");
-        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), Added::InsteadOf, "others get room");
+        let instead = |met| Added::InsteadOf { detector: cam.clone(), met };
+        assert_eq!(window.add(&cam, file(4, now), false, 1), instead(true), "1 was passed by this scan");
+        assert_eq!(window.add(&cam, file(5, now), false, 2), instead(false), "2 will be met by this scan again");
+        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), instead(true), "others get room");
         assert_eq!(window.len(), 3);
         assert_eq!(order(&mut window, now), [5, 4]);
     }
