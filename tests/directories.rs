@@ -368,10 +368,11 @@ fn a9_the_drop_directory_itself_may_be_a_link_of_the_operator() {
     let real = site.path().join("real");
     fs::rename(&dir, &real).unwrap();
     symlink(&real, &dir).unwrap();
-    let mut daemon = site.run();
+    let daemon = site.run();
     put(&real, "a.jpg", &image(1));
     engine.until_accepted(1);
-    daemon.idle(PATIENCE);
+    until(&daemon, "it is settled", |it| it.count(PENDING, "") == 0);
+    assert!(!real.join("a.jpg").exists());
 }
 
 #[test]
@@ -428,7 +429,9 @@ fn a11_a_hard_link_to_somebody_elses_file_is_refused() {
 
 #[test]
 fn a11_a_link_swapped_in_between_looking_and_opening_leaks_nothing() {
-    const SWAPS: u32 = 30_000;
+    const SWAPS_MAX: u32 = 5_000_000;
+    const RACE_MAX: Duration = Duration::from_secs(10);
+    const TAKEN: usize = 500;
     let engine = Engine::start();
     let site = site(&engine, QUICK);
     let dir = site.drop_dir("Cam");
@@ -436,8 +439,9 @@ fn a11_a_link_swapped_in_between_looking_and_opening_leaks_nothing() {
     fs::write(&canary, image(666)).unwrap();
     let daemon = site.run();
     let (shown, spare, fresh) = (dir.join("x.jpg"), dir.join(".spare"), dir.join(".fresh"));
-    let mut written = Vec::new();
-    let mut write = |path: &Path| {
+    let written = std::cell::RefCell::new(Vec::new());
+    let write = |path: &Path| {
+        let mut written = written.borrow_mut();
         let n = 1000 + written.len() as u64;
         fs::write(&fresh, image(n)).unwrap();
         // Nothing may be replaced: it would be lost by us, not by the daemon.
@@ -447,20 +451,36 @@ fn a11_a_link_swapped_in_between_looking_and_opening_leaks_nothing() {
     };
     symlink(&canary, &spare).unwrap();
     write(&shown);
-    for n in 0..SWAPS {
+    let begun = Instant::now();
+    let (mut swaps, mut chance) = (0, fastrand::Rng::with_seed(11));
+    for n in 0..SWAPS_MAX {
+        swaps = n;
+        if begun.elapsed() > RACE_MAX {
+            break;
+        }
+        // Each turn lasts about as long as taking a file does, a little more or less.
+        let turn = Instant::now() + Duration::from_micros(chance.u64(..400));
+        while Instant::now() < turn {
+            std::hint::spin_loop();
+        }
         if rustix::fs::renameat_with(CWD, &shown, CWD, &spare, RenameFlags::EXCHANGE).is_err() {
             if !fs::symlink_metadata(&spare).is_ok_and(|spare| spare.is_symlink()) {
                 drop(fs::rename(&spare, dir.join(format!("rest{n}.jpg"))));
                 symlink(&canary, &spare).unwrap();
             }
             write(&shown);
+            if written.borrow().len() >= TAKEN {
+                break;
+            }
         }
     }
     if fs::symlink_metadata(&spare).is_ok_and(|spare| !spare.is_symlink()) {
         fs::rename(&spare, dir.join("rest.jpg")).unwrap();
     }
+    let written = written.into_inner();
     engine.until_accepted(written.len() as u64);
-    assert!(written.len() > 10, "there was a race: {}", written.len());
+    assert!(written.len() > 10 && swaps > 1000, "a race: {swaps} swaps, {} files", written.len());
+    assert!(site.log().matches("symbolic link").count() < 10, "the log is not filled with it");
     assert_eq!(nothing_lost(&[&engine], &written), 0);
     until(&daemon, "nothing is pending", |it| it.count(PENDING, "") == 0 && it.equation_holds().is_ok());
     assert!(daemon.stop().success());
@@ -545,12 +565,13 @@ fn a13_a_bad_image_under_such_a_name_is_a_dead_letter_under_its_id_with_the_name
     let letters = dead_letters(&site);
     let said: HashSet<&str> = letters.iter().map(|(json, _)| json["original_name"].as_str().unwrap()).collect();
     assert_eq!(said.len(), 16, "each has its own: {said:?}");
-    for name in ["new\nline.jpg", "-rf", "a..jpg", "\\xff\\xfe\\x80.jpg", "quo\"te's.jpg"] {
-        let escaped = name.escape_debug().to_string();
-        assert!(said.contains(name) || said.contains(&*escaped) || said.contains(&*name.replace('"', "\\\"")), "{name:?} is not in {said:?}");
+    for name in ["new\\u{a}line.jpg", "-rf", "a..jpg", "\\xff\\xfe\\x80.jpg", "quo\"te's.jpg"] {
+        assert!(said.contains(name), "{name} is not in {said:?}");
     }
-    let listed = site.command(&["dead-letter", "list"]).output().unwrap();
-    assert!(listed.status.success());
+    let config = site.config();
+    let words: [&OsStr; 4] = ["dead-letter".as_ref(), "--config".as_ref(), config.as_ref(), "list".as_ref()];
+    let listed = Command::new(env!("CARGO_BIN_EXE_framegate")).args(words).output().unwrap();
+    assert!(listed.status.success(), "{listed:?}");
     for text in [String::from_utf8(listed.stdout).unwrap(), site.log()] {
         assert!(text.lines().all(|line| !line.contains(|c: char| c.is_control())), "{text}");
         assert!(!text.contains("\nline.jpg"), "{text}");
@@ -568,7 +589,7 @@ fn a14_a_name_rewritten_by_rename_while_it_is_published_is_published_twice() {
     engine.hold();
     for n in 1..=3 {
         put(&dir, "same.jpg", &image(n));
-        eventually("this version is in flight", PATIENCE, || (engine.counts().in_flight == n).then_some(()));
+        eventually("this version is taken", PATIENCE, || (!dir.join("same.jpg").exists()).then_some(()));
     }
     engine.release();
     daemon.idle(PATIENCE);
@@ -681,7 +702,8 @@ fn a16_two_daemons_on_one_directory_publish_each_frame_once() {
     for n in FILES..FILES + 40 {
         put(&dir, &format!("{n}.jpg"), &image(n));
     }
-    eventually("they are in hand", PATIENCE, || (engine.counts().in_flight >= 40).then_some(()));
+    let claims = || one.files_left().iter().filter(|path| path.to_string_lossy().contains('~')).count();
+    eventually("they are in hand", PATIENCE, || (claims() >= 16 && engine.counts().in_flight > 0).then_some(()));
     let in_hand = first.metrics().count("framegate_frames_in_flight", "").unsigned_abs();
     first.kill();
     engine.release();
@@ -734,7 +756,7 @@ fn a17_an_archive_on_the_same_file_system_does_the_same_and_old_files_go() {
     fs::create_dir_all(archive.join("old")).unwrap();
     fs::write(archive.join("old/old.jpg"), image(9)).unwrap();
     let keys = format!(
-        "{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}\ndirectory.archive_max_age = \"20ms\"",
+        "{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}\ndirectory.archive_max_age = \"1ms\"",
         archive.to_str().unwrap()
     );
     let site = site.detector("Cam", "UTC", &keys);
@@ -831,7 +853,10 @@ fn a20_on_a_file_system_that_became_read_only_nothing_is_published_in_a_loop_and
     for n in 0..3 {
         put(&dir, &format!("{n}.jpg"), &image(n));
     }
-    eventually("they are in flight", PATIENCE, || (engine.counts().in_flight == 3).then_some(()));
+    eventually("they are taken", PATIENCE, || {
+        let all_taken = (0..3).all(|n| !dir.join(format!("{n}.jpg")).exists());
+        (all_taken && engine.counts().in_flight > 0).then_some(())
+    });
     let trace = site.path().join("trace");
     let read_only = "inject=unlink,unlinkat,rename,renameat,renameat2,mkdir,mkdirat:error=EROFS";
     let Some(strace) = Strace::attach(daemon.pid(), &trace, &["-e", read_only]) else {
@@ -1028,7 +1053,9 @@ fn a24_a_hundred_thousand_files_at_the_start_delay_nothing_take_little_memory_an
     let ready = Instant::now();
     engine.until_accepted(1);
     assert!(ready.elapsed() < Duration::from_secs(2), "{:?}", ready.elapsed());
-    until(&daemon, "all are seen", |it| it.count(RECEIVED, "") == 100_000);
+    until(&daemon, "all are seen", |it| it.count(RECEIVED, "") >= 100_000);
+    let samples = daemon.metrics();
+    assert_eq!(samples.count(RECEIVED, ""), 100_000, "each is counted once");
     let seen = engine.accepted().len();
     engine.until_accepted((seen + AHEAD + 300) as u64);
     let accepted = engine.accepted();

@@ -117,8 +117,11 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
             scan = Some(begin_scan(site, root, watcher.clone()));
             scan_due = Instant::now() + next_scan(config, events.is_some());
         }
+        if stop.is_cancelled() {
+            break;
+        }
+        // Fair: a flood of events must not keep unfinished files, the scans and the look at the directory waiting.
         tokio::select! {
-            biased;
             () = stop.cancelled() => break,
             done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
                 scan = None;

@@ -21,7 +21,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 // The engine and the pictures come from the library, in this process: a test asks the simulator directly.
-pub use framegate::simulator::{Action, Options, Reply, Simulator, faces};
+#[allow(unused_imports, reason = "not every test binary scripts answers")]
+pub use framegate::simulator::{Action, Reply};
+pub use framegate::simulator::{Options, Simulator, faces};
 
 /// For what should take moments: long, since two cores may run everything at once.
 pub const PATIENCE: Duration = Duration::from_secs(30);

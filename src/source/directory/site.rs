@@ -16,6 +16,7 @@ use arc_swap::ArcSwapOption;
 use globset::GlobSet;
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType};
+use rustix::io::Errno;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
@@ -396,9 +397,13 @@ impl Site {
         if inner.refused.len() >= REFUSED_MAX {
             inner.refused.clear();
         }
-        inner.refused.insert(key.clone(), (look.ino, look.ctime));
+        let said = inner.refused.insert(key.clone(), (look.ino, look.ctime)).is_some();
         let name = self.template.fill(&key.dir).unwrap_or_else(|| self.entry.name.clone());
         self.metrics.detector(&name).refused(reason);
+        if said {
+            // Whoever changes it again and again must not fill the log.
+            return;
+        }
         tracing::warn!(
             detector = %name,
             path = ?self.entry.directory.path,
@@ -669,6 +674,10 @@ impl Site {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 return Ok(Catch::Refused(look, "unreadable"));
+            }
+            // Another took its place since: a symbolic link, a socket.
+            Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::LOOP | Errno::NXIO)) => {
+                return Ok(Catch::NotYet(look));
             }
             other => other?,
         };
@@ -1140,13 +1149,13 @@ fn advice(reason: &str) -> &'static str {
 }
 
 fn trouble(error: &io::Error) -> String {
-    let what = match error.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
-        Some(rustix::io::Errno::ROFS) => "the file system is read-only; nothing is taken until it can be written",
-        Some(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+    let what = match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::ROFS) => "the file system is read-only; nothing is taken until it can be written",
+        Some(Errno::ACCESS | Errno::PERM) => {
             "files cannot be taken from it; make the service's user the owner of the directory"
         }
-        Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => "its file system is full",
-        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => "no file descriptors are left; raise LimitNOFILE",
+        Some(Errno::NOSPC | Errno::DQUOT) => "its file system is full",
+        Some(Errno::MFILE | Errno::NFILE) => "no file descriptors are left; raise LimitNOFILE",
         Some(_) | None => "files cannot be taken from it",
     };
     format!("{what} ({error})")
