@@ -71,7 +71,8 @@ fn old_file(path: &Path, image: &[u8], age: Duration) {
 
 /// The dead letters: their JSON and their image.
 fn dead_letters(site: &Site) -> Vec<(Value, Vec<u8>)> {
-    let json = files_below(&site.dead_letters()).into_iter().filter(|path| path.extension() == Some(OsStr::new("json")));
+    let json =
+        files_below(&site.dead_letters()).into_iter().filter(|path| path.extension() == Some(OsStr::new("json")));
     json.map(|path| {
         let letter = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         (letter, fs::read(path.with_extension("image")).unwrap())
@@ -707,6 +708,9 @@ fn a16_two_daemons_on_one_directory_publish_each_frame_once() {
     let in_hand = first.metrics().count("framegate_frames_in_flight", "").unsigned_abs();
     first.kill();
     engine.release();
+    eventually("the survivor publishes all", PATIENCE, || {
+        (arrivals(&[&engine]).len() as u64 == FILES + 40 && one.files_left().is_empty()).then_some(())
+    });
     second.idle(PATIENCE);
     let doubled = nothing_lost(&[&engine], &(0..FILES + 40).map(|n| hash(&image(n))).collect::<Vec<_>>());
     assert!(doubled <= in_hand, "{doubled} came twice, {in_hand} were in flight");
@@ -717,10 +721,8 @@ fn a17_an_archive_on_another_file_system_keeps_bytes_and_relative_paths() {
     let engine = Engine::start();
     let site = Site::new(&engine.base_url());
     let archive = site.path().join("archive");
-    let keys = format!(
-        "{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}",
-        archive.to_str().unwrap()
-    );
+    let keys =
+        format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
     let site = site.detector("Cam", "UTC", &keys);
     let dir = site.drop_dir("Cam");
     let Some(_disk) = Mount::tmpfs(&archive, "size=16m") else { return skipped("a17", "no tmpfs can be mounted") };
@@ -819,10 +821,8 @@ fn a18_when_the_archive_is_full_nothing_is_published_twice_and_the_rest_follows(
     let engine = Engine::start();
     let site = Site::new(&engine.base_url());
     let archive = site.path().join("archive");
-    let keys = format!(
-        "{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}",
-        archive.to_str().unwrap()
-    );
+    let keys =
+        format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
     let site = site.detector("Cam", "UTC", &keys);
     let Some(disk) = Mount::tmpfs(&archive, "size=64k") else { return skipped("a18", "no tmpfs can be mounted") };
     let mut daemon = site.run();
@@ -833,7 +833,9 @@ fn a18_when_the_archive_is_full_nothing_is_published_twice_and_the_rest_follows(
     engine.until_accepted(6);
     let samples = until(&daemon, "the archive is full", |it| it.count(ERRORS, "operation=\"remove\"") > 0);
     assert_eq!(samples.count(PUBLISHED, ""), 6);
-    until(&daemon, "and it is said", |it| it.count(UP, "") == 0);
+    let rescans = until(&daemon, "and it is said", |it| it.count(UP, "") == 0).count("framegate_rescans_total", "");
+    let samples = until(&daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3);
+    assert_eq!(samples.count(UP, ""), 0, "it stays held");
     disk.remount("size=16m");
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &faces.iter().map(|face| hash(face)).collect::<Vec<_>>()), 0);
@@ -1012,9 +1014,11 @@ fn a23_when_fsync_fails_a_dead_letter_is_written_anew() {
     let site = site(&engine, QUICK);
     let mut daemon = site.run();
     let trace = site.path().join("trace");
-    let Some(strace) =
-        Strace::attach(daemon.pid(), &trace, &["-e", "inject=fsync,fdatasync:error=EIO:when=1", "-e", "trace=fsync,fdatasync"])
-    else {
+    let Some(strace) = Strace::attach(
+        daemon.pid(),
+        &trace,
+        &["-e", "inject=fsync,fdatasync:error=EIO:when=1", "-e", "trace=fsync,fdatasync"],
+    ) else {
         return skipped("a23", "strace cannot attach");
     };
     put(&site.drop_dir("Cam"), "bad.jpg", b"no image");
@@ -1074,7 +1078,8 @@ fn a25_an_absurd_modification_time_is_replaced_by_the_time_of_arrival() {
     let engine = Engine::start();
     let site = site(&engine, QUICK);
     let dir = site.drop_dir("Cam");
-    for (n, time) in [SystemTime::UNIX_EPOCH, SystemTime::now() + 365 * DAY, SystemTime::now() - DAY].iter().enumerate() {
+    for (n, time) in [SystemTime::UNIX_EPOCH, SystemTime::now() + 365 * DAY, SystemTime::now() - DAY].iter().enumerate()
+    {
         let path = dir.join(format!("{n}.jpg"));
         fs::write(&path, image(n as u64)).unwrap();
         set_modified(&path, *time);
@@ -1229,7 +1234,11 @@ fn the_trees_of_ftp_cameras_name_their_detectors_and_new_directories_are_watched
         // Half of them written in place the moment their directory exists.
         let path = dir.join(format!("Cam{}/2026-11-{n:02}/001/jpg", n % 4));
         fs::create_dir_all(&path).unwrap();
-        if n % 2 == 0 { fs::write(path.join("x.jpg"), &face).unwrap() } else { put(&path, "x.jpg", &face) }
+        if n % 2 == 0 {
+            fs::write(path.join("x.jpg"), &face).unwrap()
+        } else {
+            put(&path, "x.jpg", &face)
+        }
         written.push(hash(&face));
     }
     // A whole tree moved in.
@@ -1280,10 +1289,18 @@ fn directories_that_have_been_empty_for_long_are_removed_where_that_is_asked_for
 #[test]
 fn only_what_is_asked_for_is_looked_at_and_never_what_looks_unfinished() {
     let engine = Engine::start();
-    let site = site(&engine, &format!("{QUICK}\ndirectory.include = [\"snap_*.jpg\", \"*.webp\", \"*.tmp\", \"*.part\"]"));
+    let site =
+        site(&engine, &format!("{QUICK}\ndirectory.include = [\"snap_*.jpg\", \"*.webp\", \"*.tmp\", \"*.part\"]"));
     let dir = site.drop_dir("Cam");
-    let ignored =
-        ["other.jpg", "snap_1.jpeg", ".snap_1.jpg", "snap_1.jpg.tmp", "snap_1.jpg.part", "snap_1.jpg.filepart", "snap_1.jpg~"];
+    let ignored = [
+        "other.jpg",
+        "snap_1.jpeg",
+        ".snap_1.jpg",
+        "snap_1.jpg.tmp",
+        "snap_1.jpg.part",
+        "snap_1.jpg.filepart",
+        "snap_1.jpg~",
+    ];
     for name in ignored {
         fs::write(dir.join(name), image(666)).unwrap();
     }
@@ -1391,9 +1408,8 @@ fn with_exif(image: &[u8], time: &str) -> Vec<u8> {
 #[test]
 fn the_detection_time_is_what_the_name_the_image_or_the_arrival_says() {
     let engine = Engine::start();
-    let by_name = format!(
-        "{QUICK}\ndirectory.detect_time = {{ name = '(?<time>\\d{{17}})', format = \"%Y%m%d%H%M%S%3f\" }}"
-    );
+    let by_name =
+        format!("{QUICK}\ndirectory.detect_time = {{ name = '(?<time>\\d{{17}})', format = \"%Y%m%d%H%M%S%3f\" }}");
     let site = Site::new(&engine.base_url())
         .detector("Name", "America/Los_Angeles", &by_name)
         .detector("Exif", "America/Los_Angeles", &format!("{QUICK}\ndirectory.detect_time = \"exif\""))

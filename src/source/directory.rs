@@ -216,12 +216,14 @@ async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>,
                 let left = settle_batch(site, fresh).await;
                 // What cannot be removed is remembered, and never published again while we live.
                 stuck.extend(left);
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
                 for _ in 0..n {
                     site.done();
                 }
             }
             () = tokio::time::sleep(SETTLE_AGAIN), if !stuck.is_empty() => {
                 stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
                 if stuck.is_empty() {
                     site.deliver();
                 }

@@ -35,8 +35,7 @@ impl Mount {
     }
 
     pub fn overlay(at: &Path, lower: &Path, upper: &Path, work: &Path) -> Option<Self> {
-        let options =
-            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
         Self::new(&["-t", "overlay", "-o", &options, "overlay"], at)
     }
 

@@ -67,6 +67,8 @@ pub(super) struct Site {
     /// Told when `outstanding` falls to zero, or a young file is waiting.
     pub changed: Notify,
     pub stopping: AtomicBool,
+    /// Settled frames whose files cannot be removed: while there are any, the detector stays held.
+    pub stuck: AtomicUsize,
 }
 
 /// What became of a frame that we had claimed.
@@ -179,6 +181,7 @@ impl Site {
             outstanding: AtomicUsize::new(0),
             changed: Notify::new(),
             stopping: AtomicBool::new(false),
+            stuck: AtomicUsize::new(0),
         });
         if site.template.is_fixed()
             && let Some(name) = site.template.fill(b"")
@@ -196,8 +199,11 @@ impl Site {
         self.show(false);
     }
 
-    /// The source can deliver.
+    /// The source can deliver, unless there is something left that it cannot remove.
     pub(super) fn deliver(&self) {
+        if self.stuck.load(Ordering::Relaxed) > 0 {
+            return;
+        }
         let was_held = self.health.held().is_some();
         if self.health.set(State::Ok) && was_held {
             tracing::info!(detector = %self.entry.name, path = ?self.entry.directory.path, "detector delivers again");

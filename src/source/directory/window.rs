@@ -234,6 +234,8 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
 
     fn file(n: i64, at: Instant) -> Waiting {
@@ -305,6 +307,24 @@ mod tests {
         assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), instead(true), "others get room");
         assert_eq!(window.len(), 3);
         assert_eq!(order(&mut window, now), [5, 4]);
+    }
+
+    #[test]
+    fn a_claim_always_has_room_and_never_goes_out_for_a_better_file() {
+        let home = tempfile::tempdir().unwrap();
+        let root = Arc::new(super::super::claim::Root::open(home.path()).unwrap());
+        std::fs::write(home.path().join("a.jpg"), b"image").unwrap();
+        let claim = root.claim(root.fd.as_fd(), &Arc::from(*b""), &Arc::from(*b"a.jpg")).unwrap();
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::FreshestFirst, 2);
+        for n in [10, 11] {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        window.put_back(&cam, Waiting { claim, ..file(1, now) });
+        for n in [12, 13, 14] {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        assert_eq!(order(&mut window, now), [14, 13, 1]);
     }
 
     #[test]
