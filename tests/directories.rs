@@ -885,7 +885,7 @@ fn a20_on_a_file_system_that_became_read_only_nothing_is_published_in_a_loop_and
 }
 
 /// The daemon as `nobody`, who owns the site.
-fn unprivileged<'a>(site: &'a Site) -> Option<Daemon<'a>> {
+fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
     if !works("setpriv", &[nobody.as_slice(), &[env!("CARGO_BIN_EXE_framegate"), "--version"]].concat()) {
         return None;
@@ -1235,9 +1235,9 @@ fn the_trees_of_ftp_cameras_name_their_detectors_and_new_directories_are_watched
         let path = dir.join(format!("Cam{}/2026-11-{n:02}/001/jpg", n % 4));
         fs::create_dir_all(&path).unwrap();
         if n % 2 == 0 {
-            fs::write(path.join("x.jpg"), &face).unwrap()
+            fs::write(path.join("x.jpg"), &face).unwrap();
         } else {
-            put(&path, "x.jpg", &face)
+            put(&path, "x.jpg", &face);
         }
         written.push(hash(&face));
     }
@@ -1353,7 +1353,7 @@ fn oldest_first_publishes_by_time() {
     let dir = site.drop_dir("Cam");
     for n in 0..300u64 {
         let n = n * 101 % 300;
-        old_file(&dir.join(format!("{n}.jpg")), &image(n), DAY - Duration::from_secs(n));
+        old_file(&dir.join(format!("{n}.jpg")), &image(n), Duration::from_secs(86_400 - n));
     }
     let mut daemon = site.run();
     daemon.idle(PATIENCE);
@@ -1369,7 +1369,7 @@ fn the_freshest_go_first_and_the_backlog_keeps_its_share() {
     let (engine, site) = one_by_one("");
     let dir = site.drop_dir("Cam");
     for n in 0..BACKLOG {
-        old_file(&dir.join(format!("{n}.jpg")), &image(n), DAY - Duration::from_secs(n));
+        old_file(&dir.join(format!("{n}.jpg")), &image(n), Duration::from_secs(86_400 - n));
     }
     let mut daemon = site.run();
     until(&daemon, "the backlog is seen", |it| it.count(RECEIVED, "") == 400);
