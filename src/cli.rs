@@ -20,7 +20,6 @@ use crate::config::{self, Environment, Loaded};
 use crate::control::{self, Request};
 use crate::publish as engine;
 
-
 const EXAMPLES: &str = "\
 Examples:
   framegate demo                          see all of it work, without credentials
@@ -47,6 +46,7 @@ struct ConfigArgs {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::doc_markdown, reason = "--help shows these lines as they are")]
 enum Command {
     /// Run the daemon in the foreground
     Run(ConfigArgs),
@@ -63,7 +63,7 @@ enum Command {
     /// Show all of it at work on this machine, without credentials
     Demo(demo::Args),
     /// Run the stand-in engine alone
-    SimulateEngine(simulate_engine::Args),
+    SimulateEngine(Box<simulate_engine::Args>),
     /// Print the public-key pin of an engine's certificate, for engine.pin_sha256
     Pin {
         /// The engine's address, for example https://10.0.0.123:5009
@@ -110,13 +110,13 @@ impl Command {
             Command::Check(args) => Ok(check::run(&args.config)),
             Command::Reload(args) => reload(&args),
             Command::Status(args) => status::run(&args),
-            Command::Publish(args) => publish::run(args),
+            Command::Publish(args) => publish::run(&args),
             Command::DeadLetter(DeadLetterArgs { config, args }) => match load(&config.config) {
                 Ok(loaded) => dead_letter::run(&args, &loaded.settings.dead_letter.directory),
                 Err(code) => Ok(code),
             },
-            Command::Demo(args) => demo::run(args),
-            Command::SimulateEngine(args) => runtime()?.block_on(simulate_engine::run(args)),
+            Command::Demo(args) => demo::run(&args),
+            Command::SimulateEngine(args) => runtime()?.block_on(simulate_engine::run(*args)),
             Command::Pin { url } => pin(&url),
             Command::Schema => print(&format!("{:#}\n", config::schema())),
             Command::Completions { shell } => completions(shell),

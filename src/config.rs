@@ -84,7 +84,10 @@ impl Settings {
     /// Where the engine's secrets are now.
     pub fn engine_secrets(&self) -> publish::engine::Secrets {
         let place = |file: &Option<PathBuf>| file.as_deref().map(|file| self.secret_path(file));
-        publish::engine::Secrets { password_file: place(&self.engine.password_file), token_file: place(&self.engine.token_file) }
+        publish::engine::Secrets {
+            password_file: place(&self.engine.password_file),
+            token_file: place(&self.engine.token_file),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -31,7 +31,7 @@ use crate::{admin, control, log};
 /// Histograms fold their samples, gauges of the engine follow, the dead letters' janitor looks.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// How often old dead letters are looked for.
-const TIDY_EVERY: Duration = Duration::from_secs(60);
+const TIDY_EVERY: Duration = Duration::from_mins(1);
 /// After the deadline: time for answers already on their way and for sources to take frames back.
 const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
@@ -82,7 +82,6 @@ struct Source {
     entry: Arc<Entry>,
     health: Health,
     stop: CancellationToken,
-    task: AbortHandle,
 }
 
 /// The `/status` document.
@@ -128,8 +127,9 @@ impl Daemon {
     pub async fn start(settings: Settings, surroundings: Surroundings) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
-        let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
-            .context("cannot set up publishing to the engine")?;
+        let publisher =
+            Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
+                .context("cannot set up publishing to the engine")?;
         let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
         let listener = TcpListener::bind(settings.admin.listen)
             .await
@@ -149,7 +149,8 @@ impl Daemon {
             sources: Mutex::default(),
             watchdog: watchdog.clone(),
         });
-        let stages = Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
+        let stages =
+            Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
         let mut pipeline = JoinSet::new();
         pipeline.spawn(pipeline::run(outlet, Arc::new(stages), watchdog.watch("pipeline")));
 
@@ -226,7 +227,7 @@ impl Daemon {
                 Some(()) = reload.recv() => { self.reload_from_file(); }
                 request = self.requests.recv(), if control_open => match request {
                     Some((request, reply)) => {
-                        let answer = self.answer(request);
+                        let answer = self.answer(&request);
                         // Whoever asked may have gone; the work is done all the same.
                         drop(reply.send(answer));
                     }
@@ -291,7 +292,7 @@ impl Daemon {
         let entry = Arc::new(entry);
         let health = Health::default();
         let stop = CancellationToken::new();
-        let task = self.source_tasks.spawn(directory::run(
+        self.source_tasks.spawn(directory::run(
             entry.clone(),
             self.intake.clone(),
             self.shared.metrics.clone(),
@@ -299,7 +300,7 @@ impl Daemon {
             health.clone(),
             stop.clone(),
         ));
-        self.sources.push(Source { entry, health, stop, task });
+        self.sources.push(Source { entry, health, stop });
         self.publish_sources();
     }
 
@@ -317,7 +318,7 @@ impl Daemon {
         *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 
-    fn answer(&mut self, request: Request) -> Answer {
+    fn answer(&mut self, request: &Request) -> Answer {
         match request {
             Request::Reload => self.reload_from_file(),
             Request::Status => match serde_json::to_value(self.shared.status()) {
@@ -352,7 +353,8 @@ impl Daemon {
 
     /// Applies what changed and leaves alone what did not. Nothing is applied unless all of it can be.
     fn reload(&mut self, path: &Path) -> anyhow::Result<String> {
-        let loaded = config::load(path, &config::Environment::from_process()).map_err(|problems| anyhow::anyhow!("{problems}"))?;
+        let loaded = config::load(path, &config::Environment::from_process())
+            .map_err(|problems| anyhow::anyhow!("{problems}"))?;
         for warning in &loaded.warnings {
             tracing::warn!("{warning}");
         }
@@ -390,7 +392,8 @@ impl Daemon {
             gone.len()
         );
         if !changes.needs_restart.is_empty() {
-            message += &format!("; needs a restart to take effect: {}", changes.needs_restart.join(", "));
+            message.push_str("; needs a restart to take effect: ");
+            message.push_str(&changes.needs_restart.join(", "));
         }
         self.settings = new;
         Ok(message)
@@ -416,7 +419,11 @@ impl Shared {
             uptime_seconds: self.started.elapsed().as_secs(),
             admin: self.admin,
             engine: self.publisher.status(),
-            sources: self.sources().iter().map(|(entry, health)| self.source_status(entry, health, &detectors)).collect(),
+            sources: self
+                .sources()
+                .iter()
+                .map(|(entry, health)| self.source_status(entry, health, &detectors))
+                .collect(),
             detectors,
             dead_letters,
             dead_letter_bytes,
@@ -438,11 +445,15 @@ impl Shared {
 
     /// One line for `systemctl status`.
     fn headline(&self) -> String {
-        let counts = self.metrics.detectors().iter().map(|d| d.counts()).fold((0, 0), |(published, pending), c| {
-            (published + c.published, pending + c.pending)
-        });
+        let counts = self
+            .metrics
+            .detectors()
+            .iter()
+            .map(|d| d.counts())
+            .fold((0, 0), |(published, pending), c| (published + c.published, pending + c.pending));
         let held = self.sources().iter().filter(|(_, health)| health.held().is_some()).count();
-        let mut line = format!("engine {}; {} published, {} pending", self.publisher.status().state.as_str(), counts.0, counts.1);
+        let mut line =
+            format!("engine {}; {} published, {} pending", self.publisher.status().state.as_str(), counts.0, counts.1);
         if held > 0 {
             line += &format!("; {held} detectors held");
         }
@@ -456,7 +467,9 @@ fn view(shared: &Arc<Shared>) -> admin::View {
         metrics: shared.metrics.clone(),
         alive: Box::new(move || alive.watchdog.alive()),
         ready: Box::new(move || {
-            let held = |(entry, health): &(Arc<Entry>, Health)| health.held().map(|why| format!("detector {}: {why}", entry.name));
+            let held = |(entry, health): &(Arc<Entry>, Health)| {
+                health.held().map(|why| format!("detector {}: {why}", entry.name))
+            };
             let mut reasons: Vec<_> = ready.sources().iter().filter_map(held).collect();
             if let Err(error) = ready.dead_letters.usable() {
                 reasons.push(format!("dead_letter.directory: {error}"));
@@ -481,7 +494,7 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
             tidied = Some(Instant::now());
             let letters = shared.dead_letters.clone();
             match tokio::task::spawn_blocking(move || letters.tidy()).await {
-                Ok(Ok(_)) => {}
+                Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("cannot tidy the dead letters: {error:#}"),
                 Err(error) => tracing::error!("tidying the dead letters failed: {error}"),
             }

@@ -256,8 +256,18 @@ struct RecorderParts {
 /// The reasons of `frames_dropped_total`.
 pub const DROP_REASONS: [&str; 2] = ["max-age", "vanished"];
 /// The reasons of `frames_refused_total`.
-pub const REFUSAL_REASONS: [&str; 8] =
-    ["symlink", "fifo", "socket", "device", "directory", "hard-link", "unreadable", "other-filesystem"];
+pub const REFUSAL_REASONS: [&str; 10] = [
+    "symlink",
+    "fifo",
+    "socket",
+    "device",
+    "directory",
+    "hard-link",
+    "unreadable",
+    "other-filesystem",
+    "too-large",
+    "no-name",
+];
 
 impl DetectorMetrics {
     fn new(recorder: &PrometheusRecorder, name: Arc<str>) -> Self {

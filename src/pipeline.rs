@@ -1,5 +1,5 @@
 //! The pipeline: takes frames from the queue and carries each through encode, publish and the dead letters to its
-//! settlement. [`carry`] is one frame's whole way.
+//! settlement. `carry` is one frame's whole way.
 //!
 //! Not here: where frames come from and what a source does with a [`Disposition`].
 
@@ -136,7 +136,7 @@ async fn reject(stages: &Arc<Stages>, frame: Frame, receipt: Receipt, image: Byt
     receipt.settle(Disposition::Rejected);
 }
 
-/// [`carry`] catches panics where it can; one that still got here has released its frame by dropping the receipt.
+/// `carry` catches panics where it can; one that still got here has released its frame by dropping the receipt.
 fn note_panic(joined: Result<(), tokio::task::JoinError>) {
     if let Err(error) = joined {
         tracing::error!(%error, "a frame's task failed; the frame is back at its source");

@@ -146,10 +146,10 @@ impl EngineStatus {
     pub fn describe(&self) -> String {
         let mut text = self.state.as_str().to_owned();
         if !self.reason.is_empty() && self.state != State::Open {
-            text += &format!(": {}", self.reason);
+            text.extend([": ", &self.reason]);
         }
         if !self.advice.is_empty() {
-            text += &format!(" ({})", self.advice);
+            text.extend([" (", &self.advice, ")"]);
         }
         text
     }
@@ -423,7 +423,7 @@ impl Publisher {
             () = self.token.notified() => {}
             () = until(renew_at) => match live.tokens.renew_early(&|| self.pass().boxed()).await {
                 Ok(token) => self.new_token(live, Ok(token)),
-                Err(verdict) => info!(?verdict, "the token could not be renewed ahead of time; the old one stays in use"),
+                Err(verdict) => debug!(?verdict, "the token could not be renewed ahead of time; the old one stays in use"),
             },
             () = until(look_at) => {
                 if live.tokens.file_changed() {
@@ -471,17 +471,14 @@ impl Publisher {
 
     async fn remind(&self) {
         loop {
+            sleep(REMINDER_INTERVAL).await;
             if self.live.load().insecure {
-                warn!(
-                    "engine.danger_accept_invalid_certs is on: whoever is between here and the engine can read frames and the password; \
-                     use engine.pin_sha256 (see `framegate pin`) or engine.ca_file"
-                );
+                warn_insecure();
             }
             let status = self.status();
             if status.state != State::Open {
                 warn!(state = status.state.as_str(), since = %status.since, reason = status.reason, advice = status.advice, "publishing is still paused");
             }
-            sleep(REMINDER_INTERVAL).await;
         }
     }
 }
@@ -502,6 +499,9 @@ impl Live {
         let client = Client::new(engine, publish.max_in_flight)?;
         let insecure = engine.danger_accept_invalid_certs;
         metrics.gauge("engine_insecure", &[]).set(f64::from(u8::from(insecure)));
+        if insecure {
+            warn_insecure();
+        }
         Ok(Self {
             tokens: Tokens::new(client.clone(), engine.username.clone(), secrets, metrics.clone()),
             client,
@@ -537,16 +537,13 @@ impl<'a> Seat<'a> {
     fn ended(&mut self, ended: Ended) -> Next {
         let mut desk = self.publisher.desk();
         let reason = ended.verdict.reason();
-        let failure = match &ended.verdict {
-            Verdict::Accepted | Verdict::Token => None,
-            verdict => Some(format!("{verdict:?}")),
-        };
+        let routine = matches!(ended.verdict, Verdict::Accepted | Verdict::Token);
+        let failure = (!routine).then(|| format!("{:?}", ended.verdict));
         let next = desk.line.ended(ended, Instant::now());
         if next == Next::Accepted {
             self.gone = true;
         } else {
             self.signal = desk.wait(self.case);
-            self.publisher.metrics.counter("publish_retries_total", &[("reason", reason)]).increment(1);
         }
         self.publisher.turn(&mut desk);
         // In a pause the change of state has said it.
@@ -556,6 +553,10 @@ impl<'a> Seat<'a> {
             desk.failures += 1;
             desk.last_failure = failure;
             self.publisher.failure.notify_one();
+        }
+        drop(desk);
+        if next == Next::Wait {
+            self.publisher.metrics.counter("publish_retries_total", &[("reason", reason)]).increment(1);
         }
         next
     }
@@ -636,6 +637,13 @@ fn tell(change: &Change) {
     } else {
         warn!(from, state = to, reason, advice = change.to.advice(), "publishing is paused; frames are kept");
     }
+}
+
+fn warn_insecure() {
+    warn!(
+        "engine.danger_accept_invalid_certs is on: whoever is between here and the engine can read frames and the password; \
+         use engine.pin_sha256 (see `framegate pin`) or engine.ca_file"
+    );
 }
 
 async fn until(at: Option<Instant>) {

@@ -12,10 +12,10 @@ use crate::source::directory::{self, AfterPublish, DetectTime, Watch};
 use crate::source::{Entry, Order};
 
 /// `EX_CONFIG` of sysexits.h: systemd units can tell it from a crash.
-pub const EXIT_CONFIG: u8 = 78;
+pub(super) const EXIT_CONFIG: u8 = 78;
 
 /// Checks the configuration at `path`.
-pub fn run(path: &Path) -> ExitCode {
+pub(super) fn run(path: &Path) -> ExitCode {
     let written = match config::load(path, &Environment::from_process()) {
         Ok(loaded) => report(&mut io::stdout().lock(), path, &loaded).map(|()| ExitCode::SUCCESS),
         Err(problems) => writeln!(io::stderr().lock(), "{problems}").map(|()| ExitCode::from(EXIT_CONFIG)),
@@ -25,7 +25,7 @@ pub fn run(path: &Path) -> ExitCode {
 }
 
 /// Writes what was understood.
-pub fn report(out: &mut impl Write, path: &Path, loaded: &Loaded) -> io::Result<()> {
+pub(super) fn report(out: &mut impl Write, path: &Path, loaded: &Loaded) -> io::Result<()> {
     let Loaded { settings, warnings } = loaded;
     engine(out, settings)?;
     limits(out, settings)?;
@@ -161,4 +161,29 @@ fn per_second(rate: f64) -> String {
 
 fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn check_says_what_it_understood() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/examples/ftp-cameras.toml");
+        let loaded = config::load(&file, &Environment::default()).unwrap();
+        let mut out = Vec::new();
+        report(&mut out, &file, &loaded).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        for part in [
+            "engine https://customer.econnectcloud.com/identities\n",
+            "account    edge-07, password in ",
+            "rate       50 attempts per second",
+            "detector {path.0}\n",
+            "directory  /srv/ftp with sub-directories",
+            "dropped when older than 1day",
+            "is valid: 1 detector, 1 warning\n",
+        ] {
+            assert!(out.contains(part), "{part}\n{out}");
+        }
+    }
 }

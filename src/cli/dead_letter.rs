@@ -18,7 +18,7 @@ use crate::settle::dead_letter::{DeadLetter, Filter, Listed, Retried, Store, sho
 
 /// Looks at, retries or removes frames that could not be published.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -26,7 +26,7 @@ pub struct Args {
 
 /// What to do with dead letters.
 #[derive(Clone, Debug, clap::Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     /// Lists them, the oldest first
     List {
         /// Which.
@@ -70,7 +70,7 @@ pub enum Command {
 
 /// Which dead letters: those that fit all that is given.
 #[derive(Clone, Debug, Default, clap::Args)]
-pub struct Which {
+pub(super) struct Which {
     /// As in the list
     #[arg(value_name = "ID", value_parser = id)]
     pub ids: Vec<FrameId>,
@@ -89,7 +89,7 @@ pub struct Which {
 }
 
 /// Does it with the dead letters in `directory` (`dead_letter.directory` of the configuration).
-pub fn run(args: &Args, directory: &Path) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args, directory: &Path) -> anyhow::Result<ExitCode> {
     let input = io::stdin();
     let asks = input.is_terminal();
     let mut terminal = Terminal { output: &mut io::stdout().lock(), input: asks.then(|| input.lock()) };

@@ -31,7 +31,7 @@ const FACE_BYTES: usize = 40 * 1024;
 /// How often the display is drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(200);
 /// Without progress for this long, the demo gives up and says what is missing.
-const STALLED_AFTER: Duration = Duration::from_secs(60);
+const STALLED_AFTER: Duration = Duration::from_mins(1);
 /// Frames that one run may ask for: they are files in the temporary directory until they are published.
 const FRAMES_MAX: u64 = 1_000_000;
 
@@ -56,7 +56,7 @@ pub(super) struct Args {
     errors: f64,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !(0.0..=0.9).contains(&args.errors) {
         anyhow::bail!("--errors {} is not a share from 0 to 0.9", args.errors);
     }
@@ -64,9 +64,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         anyhow::bail!("--rate {} is not a number of frames per second", args.rate);
     }
     let log = log::init(&log::Config { level: "error".into(), ..log::Config::default() })?;
-    let home = tempfile::Builder::new().prefix("framegate-demo-").tempdir().context("cannot make a temporary directory")?;
+    let home =
+        tempfile::Builder::new().prefix("framegate-demo-").tempdir().context("cannot make a temporary directory")?;
     let runtime = super::runtime()?;
-    let result = runtime.block_on(demo(&args, home.path(), log));
+    let result = runtime.block_on(demo(args, home.path(), log));
     runtime.shutdown_timeout(Duration::from_secs(1));
     home.close().context("cannot remove the demo's temporary directory")?;
     result
@@ -76,7 +77,8 @@ async fn demo(args: &Args, home: &Path, log: log::Handle) -> anyhow::Result<Exit
     let engine = Simulator::start(simulator::Options::default()).await?;
     engine.change(|faults| faults.error_rate = args.errors);
     let site = Site::build(home, &engine, args.detectors)?;
-    let loaded = config::load(&site.config, &Environment::default()).map_err(|problems| anyhow::anyhow!("{problems}"))?;
+    let loaded =
+        config::load(&site.config, &Environment::default()).map_err(|problems| anyhow::anyhow!("{problems}"))?;
     let surroundings = Surroundings { config_file: None, log: Some(log), notify: Arc::new(Notify::silent()) };
     let mut daemon = Daemon::start(loaded.settings, surroundings).await?;
     super::print(&format!(
@@ -190,9 +192,11 @@ enum End {
 
 /// Draws the progress until every frame has been settled, or nothing moves any more.
 async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
-    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let target =
+        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let display = MultiProgress::with_draw_target(target);
-    let style = |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style =
+        |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let all = display.add(ProgressBar::new(args.frames).with_style(style("{bar:40.green} {pos}/{len} {msg}")));
     let mut bars: Vec<ProgressBar> = Vec::new();
     let mut every = tokio::time::interval(DRAW_EVERY);
@@ -213,7 +217,10 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
             if bars.len() <= n {
                 bars.push(display.add(ProgressBar::new_spinner().with_style(style("  {msg}"))));
             }
-            bars[n].set_message(format!("{:<12} {:>8} published, {:>6} pending", detector.name, count.published, count.pending));
+            bars[n].set_message(format!(
+                "{:<12} {:>8} published, {:>6} pending",
+                detector.name, count.published, count.pending
+            ));
         }
         let stalled = moved.elapsed() > STALLED_AFTER;
         if settled >= args.frames || stalled {
@@ -224,8 +231,16 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
     }
 }
 
-fn finish(args: &Args, status: &Status, metrics: &str, written: u64, took: Duration, end: End) -> anyhow::Result<ExitCode> {
-    let sum = |of: fn(&crate::metrics::DetectorCounts) -> u64| status.detectors.iter().map(|d| of(&d.counts)).sum::<u64>();
+fn finish(
+    args: &Args,
+    status: &Status,
+    metrics: &str,
+    written: u64,
+    took: Duration,
+    end: End,
+) -> anyhow::Result<ExitCode> {
+    let sum =
+        |of: fn(&crate::metrics::DetectorCounts) -> u64| status.detectors.iter().map(|d| of(&d.counts)).sum::<u64>();
     let (published, dead, dropped) = (sum(|c| c.published), sum(|c| c.dead_lettered), sum(|c| c.dropped));
     let pending = written.saturating_sub(published + dead + dropped);
     let lost = if end == End::Settled { pending } else { 0 };
@@ -244,8 +259,13 @@ fn finish(args: &Args, status: &Status, metrics: &str, written: u64, took: Durat
     writeln!(text, "  {attempts:.0} attempts, {:.0} of them repeated", (attempts - published as f64).max(0.0))?;
     match end {
         End::Settled => {}
-        End::Stalled => writeln!(text, "  stalled: nothing moved for {STALLED_AFTER:?}; {pending} of {written} frames were still waiting")?,
-        End::Interrupted => writeln!(text, "  interrupted: {pending} of {written} written frames were not published yet")?,
+        End::Stalled => writeln!(
+            text,
+            "  stalled: nothing moved for {STALLED_AFTER:?}; {pending} of {written} frames were still waiting"
+        )?,
+        End::Interrupted => {
+            writeln!(text, "  interrupted: {pending} of {written} written frames were not published yet")?
+        }
     }
     super::print(&text)?;
     let well = match end {

@@ -28,7 +28,7 @@ use crate::queue::Taken;
 use crate::settle::Receipt;
 
 /// Without one acceptance for this long, the rest is given up: somebody is waiting at the terminal.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
 /// Failures that are listed one by one; the others are only counted.
 const LISTED_MAX: usize = 20;
 
@@ -48,13 +48,13 @@ pub(super) struct Args {
     paths: Vec<PathBuf>,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let loaded = match super::load(&args.config.config) {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
     let _log = log::init(&loaded.settings.log)?;
-    let detector = detector(&args, &loaded.settings)?;
+    let detector = detector(args, &loaded.settings)?;
     let files = find(&args.paths)?;
     super::runtime()?.block_on(publish_all(&loaded.settings, detector, files))
 }
@@ -100,9 +100,10 @@ fn search(dir: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
         let (kind, path) = (entry.file_type()?, entry.path());
-        let image = path.extension().and_then(|e| e.to_str()).is_some_and(|e| {
-            ["jpg", "jpeg", "png", "webp", "bmp"].iter().any(|known| e.eq_ignore_ascii_case(known))
-        });
+        let image = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .is_some_and(|e| ["jpg", "jpeg", "png", "webp", "bmp"].iter().any(|known| e.eq_ignore_ascii_case(known)));
         if kind.is_dir() && !entry.file_name().as_encoded_bytes().starts_with(b".") {
             search(&path, files)?;
         } else if kind.is_file() && image {
@@ -218,9 +219,11 @@ fn read(path: &Path, max_frame: u64, detector: Arc<Detector>, buffer: &mut Vec<u
 }
 
 fn progress_bar(total: u64) -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let target =
+        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let style = ProgressStyle::with_template("{bar:40.cyan} {pos}/{len} ({per_sec}, {eta} left)");
-    ProgressBar::with_draw_target(Some(total), target).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    ProgressBar::with_draw_target(Some(total), target)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 fn summary(total: usize, took: Duration, failed: &[(PathBuf, String)]) -> anyhow::Result<ExitCode> {

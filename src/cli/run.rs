@@ -59,7 +59,9 @@ fn signals() -> anyhow::Result<(CancellationToken, CancellationToken, mpsc::Rece
                 _ = int.recv() => {}
                 _ = hup.recv() => {
                     // Full: a reload is already waiting and will read the newest file.
-                    drop(ask.try_send(()));
+                    if ask.try_send(()).is_err() {
+                        tracing::debug!("a reload is already waiting");
+                    }
                     continue;
                 }
             }

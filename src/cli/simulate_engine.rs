@@ -31,7 +31,7 @@ While it runs (same address; anyone who reaches it may use it):
   curl -X PUT ADDRESS/__simulator/faults -d '{\"error_rate\":0.5,\"latency\":\"20ms\"}'
   curl -X POST ADDRESS/__simulator/revoke-tokens   (also: cut-connections, hold, release)
   curl -X POST ADDRESS/__simulator/script -d '[\"hang\",\"cut-after\",{\"answer\":{\"status\":429,\"headers\":[[\"Retry-After\",\"7\"]]}}]'")]
-pub struct Args {
+pub(super) struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:6009")]
     listen: SocketAddr,
@@ -116,7 +116,7 @@ pub struct Args {
 }
 
 /// Runs it until Ctrl-C or SIGTERM.
-pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let ca_file = args.ca_file.clone();
     let simulator = Simulator::start(options(args)).await.context("starting the simulated engine")?;
     let ca = simulator.ca_pem().map(|pem| CaFile::write(&pem, ca_file)).transpose()?;

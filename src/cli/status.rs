@@ -1,6 +1,5 @@
 //! `framegate status`: asks the running daemon over its control socket and prints the answer for people or as JSON.
 
-use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -41,19 +40,22 @@ fn describe(status: &Status) -> String {
     let up = humantime::format_duration(std::time::Duration::from_secs(status.uptime_seconds));
     // Writing to a String cannot fail.
     let mut line = |args: std::fmt::Arguments| drop(text.write_fmt(format_args!("{args}\n")));
-    line(format_args!("framegate {} (pid {}), up {up}, metrics at http://{}/metrics", status.version, status.pid, status.admin));
-    line(format_args!("engine: {}", status.engine.describe()));
     line(format_args!(
-        "dead letters: {}, {}",
-        status.dead_letters,
-        ByteSize(status.dead_letter_bytes).display().iec()
+        "framegate {} (pid {}), up {up}, metrics at http://{}/metrics",
+        status.version, status.pid, status.admin
     ));
+    line(format_args!("engine: {}", status.engine.describe()));
+    line(format_args!("dead letters: {}, {}", status.dead_letters, ByteSize(status.dead_letter_bytes).display().iec()));
     for source in &status.sources {
         if let Some(why) = &source.held {
             line(format_args!("held: {} ({}): {why}", source.name, source.path.display()));
         }
         if source.silent {
-            line(format_args!("silent: {} ({}) has sent nothing for longer than its silence_alarm", source.name, source.path.display()));
+            line(format_args!(
+                "silent: {} ({}) has sent nothing for longer than its silence_alarm",
+                source.name,
+                source.path.display()
+            ));
         }
     }
     line(format_args!(

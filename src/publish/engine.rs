@@ -243,13 +243,11 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
     let mut cause = error.source();
     while let Some(inner) = cause {
         what = inner.to_string();
-        if let Some(inner) = inner
-            .downcast_ref::<rustls::Error>()
-            .or_else(|| inner.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>())
-        {
+        if let Some(inner) = as_rustls(inner) {
             what = inner.to_string();
             tls = true;
-            certificate = matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::General(_));
+            certificate =
+                matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented);
         }
         cause = inner.source();
     }
@@ -261,6 +259,14 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
         (true, false, _) => SendError::Connect(what),
         (false, ..) if timeout => SendError::Timeout { sent },
         (false, ..) => SendError::Reset { sent, what },
+    }
+}
+
+/// An I/O error hides what it wraps from `source`, and may wrap another one.
+fn as_rustls<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    match error.downcast_ref::<io::Error>() {
+        Some(io) => as_rustls(io.get_ref()?),
+        None => error.downcast_ref(),
     }
 }
 

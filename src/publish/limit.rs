@@ -1,11 +1,18 @@
 //! How fast and how many: the rate limit, and the concurrency that adapts to what the engine bears. Pure, time is passed in.
 //!
-//! The rate limit is written here, not taken from a crate, because an attempt must pass two of them (the whole box's and its detector's)
-//! at one moment: both are looked at before either is charged, so neither loses permits to the other, and the bound
-//! `rate × window + burst` holds exactly for each.
+//! An attempt must pass two rate limits (the whole box's and its detector's) at one moment: both are looked at before either is
+//! charged, so neither loses permits to the other. `governor` does the arithmetic and only knows asking and charging in one: the
+//! state kept here for it can be asked without being charged. Waiting is the caller's.
 
+use std::cell::Cell;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
+use governor::clock::Clock;
+use governor::middleware::StateInformationMiddleware;
+use governor::nanos::Nanos;
+use governor::state::StateStore;
+use governor::{Quota, RateLimiter};
 use tokio::time::Instant;
 
 /// Latency may double over what the unloaded engine shows, and this much more, before concurrency shrinks.
@@ -18,16 +25,15 @@ const SHRINK_SPACING: Duration = Duration::from_millis(100);
 const SMOOTHING: f64 = 0.2;
 /// The longest time between two permits; slower than one in eleven days is not a rate.
 const INTERVAL_SECS_MAX: f64 = 1e6;
+/// A burst is worth at most so much time: governor counts nanoseconds in 64 bits.
+const BURST_TIME_MAX: Duration = Duration::from_hours(24 * 365 * 100);
 
 /// A rate limit (GCRA): at most `rate × window + burst` permits in any window.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct RateLimit {
-    /// Time between permits; zero: no limit.
-    interval: Duration,
-    /// How far permits may run ahead: the burst less one.
-    tolerance: Duration,
-    /// When the permits given so far are paid for.
-    paid_at: Option<Instant>,
+    /// `None`: no limit.
+    limiter: Option<RateLimiter<Ask, Account, Watch, StateInformationMiddleware>>,
+    burst: u32,
 }
 
 impl RateLimit {
@@ -40,32 +46,107 @@ impl RateLimit {
 
     /// Changes the rate; what was given stays given.
     pub(super) fn set(&mut self, rate: f64, burst: u32) {
-        if rate.is_nan() || rate <= 0.0 {
-            *self = Self::default();
-            return;
+        let (account, watch) = self.limiter.take().map_or_else(Default::default, |old| {
+            let watch = old.clock().rewound();
+            (old.into_state_store(), watch)
+        });
+        if let Some(quota) = quota(rate, burst) {
+            self.burst = quota.burst_size().get();
+            self.limiter = Some(RateLimiter::new(quota, account, watch));
         }
-        let burst = if burst == 0 { rate.ceil().max(1.0) } else { f64::from(burst) };
-        self.interval = Duration::from_secs_f64((1.0 / rate).min(INTERVAL_SECS_MAX));
-        self.tolerance = self.interval.mul_f64((burst - 1.0).min(1e6));
     }
 
     /// `None`: now. Otherwise the moment to ask again.
     pub(super) fn wait(&self, now: Instant) -> Option<Instant> {
-        let paid_at = self.paid_at?;
-        let horizon = now + self.tolerance;
-        (paid_at > horizon).then(|| now + (paid_at - horizon))
+        let limiter = self.limiter.as_ref()?;
+        let at = limiter.clock().show(now);
+        limiter.check_key(&Ask::Look).err().map(|until| now + until.wait_time_from(at))
     }
 
     /// Takes a permit; only after `wait` said `None` for the same moment.
     pub(super) fn take(&mut self, now: Instant) {
-        if !self.interval.is_zero() {
-            self.paid_at = Some(self.paid_at.map_or(now, |at| at.max(now)) + self.interval);
+        if let Some(limiter) = &self.limiter {
+            limiter.clock().show(now);
+            let taken = limiter.check_key(&Ask::Take);
+            debug_assert!(taken.is_ok(), "`wait` was not asked");
         }
     }
 
     /// Whether forgetting this limit would change nothing.
     pub(super) fn is_idle(&self, now: Instant) -> bool {
-        self.paid_at.is_none_or(|at| at <= now)
+        self.limiter.as_ref().is_none_or(|limiter| {
+            limiter.clock().show(now);
+            limiter.check_key(&Ask::Look).is_ok_and(|state| state.remaining_burst_capacity() + 1 == self.burst)
+        })
+    }
+}
+
+/// `None`: no limit.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast of a float saturates")]
+fn quota(rate: f64, burst: u32) -> Option<Quota> {
+    if rate.is_nan() || rate <= 0.0 {
+        return None;
+    }
+    let interval = Duration::from_secs_f64((1.0 / rate).min(INTERVAL_SECS_MAX));
+    let quota = Quota::with_period(interval)?;
+    let burst = if burst == 0 { rate.ceil() as u32 } else { burst };
+    let most = u32::try_from(BURST_TIME_MAX.as_nanos() / interval.as_nanos()).unwrap_or(u32::MAX);
+    Some(quota.allow_burst(NonZeroU32::new(burst.min(most)).unwrap_or(NonZeroU32::MIN)))
+}
+
+/// Whether a permit is looked at or taken: governor passes it through as the key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Ask {
+    Look,
+    Take,
+}
+
+/// Until when the permits given so far are paid for. The desk's lock is around it, so it needs no atomics.
+#[derive(Debug, Default)]
+struct Account(Cell<Option<Nanos>>);
+
+impl StateStore for Account {
+    type Key = Ask;
+
+    fn measure_and_replace<T, F, E>(&self, ask: &Ask, f: F) -> Result<T, E>
+    where
+        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    {
+        let (outcome, paid) = f(self.0.get())?;
+        match ask {
+            Ask::Look => {}
+            Ask::Take => self.0.set(Some(paid)),
+        }
+        Ok(outcome)
+    }
+}
+
+/// Shows governor the time that was passed in, since the first one that was.
+#[derive(Debug, Default)]
+struct Watch {
+    origin: Cell<Option<Instant>>,
+    now: Cell<Nanos>,
+}
+
+impl Watch {
+    fn show(&self, now: Instant) -> Nanos {
+        let origin = self.origin.get().unwrap_or(now);
+        self.origin.set(Some(origin));
+        self.now.set(now.saturating_duration_since(origin).into());
+        self.now.get()
+    }
+
+    /// Shows the origin: where a new limiter that takes over the account has to start.
+    fn rewound(&self) -> Self {
+        Self { origin: self.origin.clone(), now: Cell::default() }
+    }
+}
+
+impl Clock for Watch {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        self.now.get()
     }
 }
 
@@ -183,6 +264,32 @@ mod tests {
             assert_eq!(limit.wait(now), None);
             limit.take(now);
         }
+    }
+
+    #[test]
+    fn what_was_given_stays_given_and_is_forgotten_when_paid_for() {
+        let now = Instant::now();
+        let mut limit = RateLimit::new(1.0, 2);
+        assert!(limit.is_idle(now));
+        limit.take(now);
+        limit.take(now);
+        assert_eq!(limit.wait(now), Some(now + 1000 * MS));
+        limit.set(10.0, 1);
+        assert_eq!(limit.wait(now), Some(now + 2000 * MS), "two permits are still to be paid for");
+        assert!(!limit.is_idle(now + 1999 * MS) && limit.is_idle(now + 2000 * MS));
+        limit.take(now + 2000 * MS);
+        assert_eq!(limit.wait(now + 2000 * MS), Some(now + 2100 * MS));
+    }
+
+    #[test]
+    fn the_slowest_rate_with_the_largest_burst_does_not_overflow() {
+        let now = Instant::now();
+        let mut limit = RateLimit::new(f64::MIN_POSITIVE, u32::MAX);
+        for _ in 0..1000 {
+            assert_eq!(limit.wait(now), None);
+            limit.take(now);
+        }
+        assert_eq!(RateLimit::new(f64::MAX, 0).wait(now), None);
     }
 
     proptest! {

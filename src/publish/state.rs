@@ -476,17 +476,13 @@ impl Line {
 
     /// A login or renewal wants to go; it counts against the rate and is served before frames.
     pub(super) fn urgent(&mut self, now: Instant) -> Result<(), Instant> {
-        match self.limit.wait(now) {
-            Some(at) => {
-                self.urgent = true;
-                Err(at)
-            }
-            None => {
-                self.urgent = false;
-                self.limit.take(now);
-                Ok(())
-            }
+        if let Some(at) = self.limit.wait(now) {
+            self.urgent = true;
+            return Err(at);
         }
+        self.urgent = false;
+        self.limit.take(now);
+        Ok(())
     }
 
     /// There is a token. `fresh_login`: just from a login.
@@ -548,12 +544,12 @@ impl Line {
                 self.put_in_line(id, None, now);
             }
             Verdict::Forbidden { status, message } => {
-                self.refused(id, Reason::Forbidden, status, message, speaks, now);
+                self.refused(id, Reason::Forbidden, status, &message, speaks, now);
             }
             Verdict::Rejected { status, message } => {
-                self.refused(id, Reason::Rejected, status, message, speaks, now);
+                self.refused(id, Reason::Rejected, status, &message, speaks, now);
             }
-            Verdict::ServerError { status, message } => self.server_error(id, status, message, speaks, now),
+            Verdict::ServerError { status, message } => self.server_error(id, status, &message, speaks, now),
             Verdict::Transient { status, retry_after, message } => {
                 self.transient(id, status, retry_after, &message, speaks, now);
             }
@@ -607,7 +603,7 @@ impl Line {
                 }
                 if let Some(at) = lane.limit.wait(now) {
                     held = true;
-                    wake = earlier(wake, at);
+                    wake = Some(earlier(wake, at));
                 } else if first.is_none_or(|(t, _)| ticket < t) {
                     first = Some((ticket, id));
                 }
@@ -647,7 +643,7 @@ impl Line {
             self.waiting.values().copied().find(|id| {
                 let Some(lane) = self.cases.get(id).and_then(|case| self.lanes.get(&case.lane)) else { return false };
                 let limited = lane.limit.wait(now);
-                wake = limited.map_or(wake, |at| earlier(wake, at));
+                wake = limited.map_or(wake, |at| Some(earlier(wake, at)));
                 limited.is_none() && (!only_fresh || fresh(lane))
             })
         };
@@ -782,7 +778,7 @@ impl Line {
     }
 
     fn wake_at(&mut self, at: Instant) {
-        self.wake = earlier(self.wake, at);
+        self.wake = Some(earlier(self.wake, at));
     }
 
     fn note_held(&mut self, now: Instant, held: bool) {
@@ -835,8 +831,8 @@ impl Line {
     }
 
     /// 400 and the like, or 403.
-    fn refused(&mut self, id: CaseId, reason: Reason, status: u16, message: String, speaks: bool, now: Instant) {
-        self.say(id, status, message.clone());
+    fn refused(&mut self, id: CaseId, reason: Reason, status: u16, message: &str, speaks: bool, now: Instant) {
+        self.say(id, status, message);
         self.suspect(id, reason, 0, now);
         if !speaks {
             return;
@@ -853,14 +849,14 @@ impl Line {
             State::Forbidden | State::Rejecting => self.engine_trouble(state, None, &text(), speaks, now),
             // The engine is there again, and says something about this frame.
             State::Unreachable | State::Credentials | State::UnexpectedAnswer | State::Throttled | State::Failing => {
-                self.open("the engine answers again", now)
+                self.open("the engine answers again", now);
             }
         }
     }
 
-    fn server_error(&mut self, id: CaseId, status: u16, message: String, speaks: bool, now: Instant) {
+    fn server_error(&mut self, id: CaseId, status: u16, message: &str, speaks: bool, now: Instant) {
         self.concurrency.overloaded(now);
-        self.say(id, status, message.clone());
+        self.say(id, status, message);
         let (number, accepted, attempts) = (self.number, self.accepted, self.settings.attempts.max(1));
         let Some(case) = self.cases.get_mut(&id) else { return };
         // An outage answers 500 to all: a frame is charged once, and again only if another was accepted in between.
@@ -909,10 +905,10 @@ impl Line {
         }
     }
 
-    fn say(&mut self, id: CaseId, status: u16, message: String) {
+    fn say(&mut self, id: CaseId, status: u16, message: &str) {
         if let Some(case) = self.cases.get_mut(&id) {
             case.status = Some(status);
-            case.message = message;
+            message.clone_into(&mut case.message);
         }
     }
 
@@ -1059,6 +1055,337 @@ impl Line {
     }
 }
 
-fn earlier(a: Option<Instant>, b: Instant) -> Option<Instant> {
-    Some(a.map_or(b, |a| a.min(b)))
+fn earlier(a: Option<Instant>, b: Instant) -> Instant {
+    a.map_or(b, |a| a.min(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LATENCY: Duration = Duration::from_millis(10);
+    const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+    /// A line, a clock and an engine that is a function.
+    struct Sim {
+        line: Line,
+        now: Instant,
+        began: Instant,
+        flying: std::collections::VecDeque<(CaseId, u64)>,
+        detectors: HashMap<CaseId, u32>,
+        accepted: Vec<CaseId>,
+        refused: Vec<(CaseId, Refusal)>,
+        attempts: Vec<(Instant, CaseId)>,
+        generation: u64,
+        states: Vec<State>,
+    }
+
+    impl Sim {
+        fn new() -> Self {
+            Self::with(Settings {
+                rate: 0.0,
+                burst: 0,
+                max_in_flight: 8,
+                attempts: 3,
+                backoff: Backoff::between(Duration::from_millis(200), BACKOFF_MAX),
+            })
+        }
+
+        fn with(settings: Settings) -> Self {
+            let now = Instant::now();
+            Self {
+                line: Line::new(settings),
+                now,
+                began: now,
+                flying: std::collections::VecDeque::new(),
+                detectors: HashMap::new(),
+                accepted: Vec::new(),
+                refused: Vec::new(),
+                attempts: Vec::new(),
+                generation: 0,
+                states: Vec::new(),
+            }
+        }
+
+        fn enter(&mut self, detector: u32, rate: f64) -> CaseId {
+            let detector_name = format!("cam{detector}").into();
+            let d = Detector { name: detector_name, time_zone: "UTC".into(), rate, weight: 1 };
+            let id = self.line.enter(&d, self.now);
+            self.detectors.insert(id, detector);
+            id
+        }
+
+        /// Lets time pass until `end`, or nothing waits. Panics if something waits and nothing would ever happen.
+        fn run(&mut self, span: Duration, mut engine: impl FnMut(CaseId) -> Verdict) {
+            let end = self.now + span;
+            loop {
+                self.line.pump(self.now);
+                for (id, signal) in self.line.take_signals() {
+                    match signal {
+                        Signal::Go { number } => {
+                            self.attempts.push((self.now, id));
+                            self.flying.push_back((id, number));
+                        }
+                        Signal::Refused(refusal) => {
+                            self.line.leave(id, self.now);
+                            self.refused.push((id, refusal));
+                        }
+                        Signal::Released => self.line.leave(id, self.now),
+                    }
+                }
+                self.states.extend(self.line.take_changes().into_iter().map(|change| change.to));
+                assert_eq!(self.line.in_flight(), self.flying.len());
+                if self.now >= end {
+                    return;
+                }
+                if self.line.token_wanted().is_some() {
+                    self.generation += 1;
+                    self.line.token_ready(self.generation, true, self.now);
+                } else if let Some((case, number)) = self.flying.pop_front() {
+                    self.now += LATENCY / 8;
+                    let verdict = engine(case);
+                    let ended = Ended { case, number, token: self.generation, verdict, latency: LATENCY };
+                    if self.line.ended(ended, self.now) == Next::Accepted {
+                        self.accepted.push(case);
+                    }
+                } else if let Some(wake) = self.line.wake() {
+                    assert!(wake > self.now, "a wake-up in the past is a busy loop");
+                    self.now = wake.min(end);
+                } else {
+                    assert_eq!(self.line.waiting(), 0, "stuck: {:?} {:?}", self.line.state, self.line.pause);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn rejected() -> Verdict {
+        Verdict::Rejected { status: 400, message: "no".into() }
+    }
+    fn forbidden() -> Verdict {
+        Verdict::Forbidden { status: 403, message: "no".into() }
+    }
+    fn server_error() -> Verdict {
+        Verdict::ServerError { status: 500, message: "oops".into() }
+    }
+    fn transient(retry_after: Option<u64>) -> Verdict {
+        let retry_after = retry_after.map(Duration::from_secs);
+        Verdict::Transient { status: 503, retry_after, message: String::new() }
+    }
+
+    const HALF_AN_HOUR: Duration = Duration::from_mins(30);
+
+    #[test]
+    fn whatever_is_answered_to_all_for_half_an_hour_pauses_and_loses_nothing() {
+        for (verdict, state, attempts_max) in [
+            (forbidden(), State::Forbidden, 200),
+            (rejected(), State::Rejecting, 200),
+            (server_error(), State::Failing, 200),
+            (transient(None), State::Failing, 200),
+            (transient(Some(60)), State::Throttled, 50),
+            (Verdict::NotOurEngine("portal".into()), State::UnexpectedAnswer, 200),
+            (Verdict::Unreachable("refused".into()), State::Unreachable, 200),
+            (Verdict::Ambiguous("lost".into()), State::Unreachable, 200),
+            (Verdict::Token, State::Credentials, 20),
+        ] {
+            let mut sim = Sim::new();
+            for n in 0..100 {
+                sim.enter(n % 5, 0.0);
+            }
+            sim.run(HALF_AN_HOUR, |_| verdict.clone());
+            assert_eq!(sim.line.state(), state, "{verdict:?}");
+            assert_eq!(sim.states, [state], "one change is told: {verdict:?}");
+            assert_eq!((sim.accepted.len(), sim.refused.len()), (0, 0), "{verdict:?}");
+            assert!(sim.attempts.len() <= attempts_max, "{} attempts: {verdict:?}", sim.attempts.len());
+            let attempts = sim.attempts.len();
+            sim.run(HALF_AN_HOUR, |_| Verdict::Accepted);
+            assert_eq!((sim.accepted.len(), sim.refused.len()), (100, 0), "{verdict:?}");
+            assert_eq!(sim.attempts.len(), attempts + 100, "{verdict:?}");
+            assert_eq!(sim.line.state(), State::Open);
+        }
+    }
+
+    #[test]
+    fn one_bad_frame_is_refused_after_the_right_number_of_attempts_and_the_rest_pass() {
+        for (verdict, reason, attempts) in [
+            (rejected(), Reason::Rejected, 2),
+            (forbidden(), Reason::Forbidden, 2),
+            (server_error(), Reason::ServerError, 3),
+        ] {
+            let mut sim = Sim::new();
+            let bad = sim.enter(0, 0.0);
+            for round in 0..2000 {
+                sim.enter(round % 3, 0.0);
+                sim.run(Duration::from_millis(20), |id| if id == bad { verdict.clone() } else { Verdict::Accepted });
+            }
+            let [(id, refusal)] = &sim.refused[..] else { panic!("{verdict:?}: {:?}", sim.refused) };
+            assert_eq!((*id, refusal.reason, refusal.attempts), (bad, reason, attempts));
+            assert_eq!(sim.accepted.len(), 2000);
+            assert!(sim.states.is_empty(), "{:?}", sim.states);
+        }
+    }
+
+    #[test]
+    fn a_lonely_bad_frame_waits_and_tries_again_at_most_every_backoff_max() {
+        for verdict in [rejected(), forbidden(), server_error()] {
+            let mut sim = Sim::new();
+            sim.enter(0, 0.0);
+            sim.run(HALF_AN_HOUR, |_| verdict.clone());
+            assert!(sim.refused.is_empty());
+            assert!((30..150).contains(&sim.attempts.len()), "{}", sim.attempts.len());
+            let longest = sim.attempts.windows(2).map(|w| w[1].0 - w[0].0).max().unwrap();
+            assert!(longest <= BACKOFF_MAX, "{longest:?}");
+        }
+    }
+
+    #[test]
+    fn a_detector_of_bad_frames_only_slows_no_other_and_fills_the_dead_letters_alone() {
+        let mut sim = Sim::new();
+        for _ in 0..50 {
+            sim.enter(0, 0.0);
+            sim.enter(1, 0.0);
+        }
+        let bad: HashSet<CaseId> = sim.detectors.iter().filter(|(_, d)| **d == 0).map(|(id, _)| *id).collect();
+        let engine = |id| if bad.contains(&id) { rejected() } else { Verdict::Accepted };
+        for _ in 0..1000 {
+            sim.enter(1, 0.0);
+            sim.run(Duration::from_millis(100), engine);
+        }
+        assert_eq!(sim.accepted.len(), 1050);
+        assert_eq!(sim.refused.len(), 50);
+        assert!(sim.refused.iter().all(|(id, _)| bad.contains(id)));
+    }
+
+    #[test]
+    fn after_the_permission_is_back_no_suspect_becomes_a_dead_letter() {
+        let mut sim = Sim::new();
+        for n in 0..40 {
+            sim.enter(n % 4, 0.0);
+        }
+        sim.run(Duration::from_mins(1), |_| forbidden());
+        for n in 0..40 {
+            sim.enter(n % 4, 0.0);
+            sim.run(Duration::from_secs(1), |_| Verdict::Accepted);
+        }
+        sim.run(Duration::from_mins(1), |_| Verdict::Accepted);
+        assert_eq!((sim.accepted.len(), sim.refused.len()), (80, 0));
+    }
+
+    #[test]
+    fn an_outage_of_500s_charges_a_frame_once() {
+        let mut sim = Sim::new();
+        for n in 0..20 {
+            sim.enter(n % 4, 0.0);
+        }
+        for _ in 0..2 {
+            sim.run(Duration::from_mins(10), |_| server_error());
+            assert!(sim.line.cases.values().all(|case| case.charges <= 1));
+        }
+        sim.run(HALF_AN_HOUR, |_| Verdict::Accepted);
+        assert_eq!((sim.accepted.len(), sim.refused.len()), (20, 0));
+    }
+
+    #[test]
+    fn a_pause_lets_one_probe_through_and_opens_slowly() {
+        let mut sim = Sim::new();
+        for n in 0..100 {
+            sim.enter(n % 5, 0.0);
+        }
+        sim.run(Duration::from_secs(100), |_| Verdict::Unreachable("away".into()));
+        let probes = &sim.attempts[8.min(sim.attempts.len())..];
+        let nearest = probes.windows(2).map(|w| w[1].0 - w[0].0).min().unwrap();
+        assert!(nearest >= Duration::from_millis(200), "{nearest:?}");
+        let tried: HashSet<CaseId> = sim.attempts.iter().map(|(_, id)| *id).collect();
+        assert_eq!(tried.len(), sim.attempts.len().min(100), "probes take turns");
+        assert_eq!(sim.line.concurrency(), 1);
+    }
+
+    #[test]
+    fn retry_after_is_kept() {
+        let mut sim = Sim::new();
+        sim.enter(0, 0.0);
+        sim.run(Duration::from_secs(6), |_| transient(Some(7)));
+        assert_eq!((sim.line.state(), sim.attempts.len()), (State::Throttled, 1));
+        sim.run(Duration::from_secs(2), |_| Verdict::Accepted);
+        assert_eq!(sim.accepted.len(), 1);
+        assert!(sim.attempts[1].0 - sim.began >= Duration::from_secs(7));
+    }
+
+    #[test]
+    fn a_late_401_for_an_old_token_wants_no_new_one() {
+        let mut sim = Sim::new();
+        let ids = [sim.enter(0, 0.0), sim.enter(0, 0.0)];
+        sim.line.concurrency = Concurrency::new(2);
+        sim.line.concurrency.accepted(LATENCY, 1, sim.now);
+        sim.line.token_ready(1, true, sim.now);
+        sim.line.pump(sim.now);
+        assert_eq!(sim.line.in_flight(), 2);
+        sim.line.prove_token(1, &Verdict::Accepted);
+        sim.line.token_ready(2, true, sim.now);
+        for (number, case) in (1..).zip(ids) {
+            let ended = Ended { case, number, token: 1, verdict: Verdict::Token, latency: LATENCY };
+            assert_eq!(sim.line.ended(ended, sim.now), Next::Wait);
+        }
+        sim.line.pump(sim.now);
+        assert_eq!((sim.line.token_wanted(), sim.line.in_flight(), sim.line.state()), (None, 2, State::Open));
+    }
+
+    #[test]
+    fn stopping_releases_whoever_waits() {
+        let mut sim = Sim::new();
+        for _ in 0..10 {
+            sim.enter(0, 0.0);
+        }
+        sim.line.stop();
+        sim.run(HALF_AN_HOUR, |_| Verdict::Accepted);
+        assert_eq!((sim.line.waiting(), sim.attempts.len()), (0, 0));
+    }
+
+    fn any_verdict() -> impl Strategy<Value = Verdict> {
+        prop_oneof![
+            4 => Just(Verdict::Accepted),
+            1 => Just(Verdict::Token),
+            1 => Just(forbidden()),
+            1 => Just(rejected()),
+            1 => Just(server_error()),
+            1 => Just(transient(None)),
+            1 => Just(transient(Some(3))),
+            1 => Just(Verdict::NotOurEngine(String::new())),
+            1 => Just(Verdict::Unreachable(String::new())),
+            1 => Just(Verdict::Ambiguous(String::new())),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_engine_answers_nothing_is_lost_the_rate_holds_and_it_recovers(
+            verdicts in prop::collection::vec(any_verdict(), 0..200),
+            frames in prop::collection::vec((0_u32..4, 0_u64..300), 1..60),
+            rate in prop_oneof![Just(0.0), 5.0..200.0],
+        ) {
+            let mut sim = Sim::with(Settings { rate, ..Sim::new().line.settings });
+            let mut verdicts = verdicts.into_iter();
+            for (detector, gap) in &frames {
+                sim.enter(*detector, if *detector == 0 { 20.0 } else { 0.0 });
+                sim.run(Duration::from_millis(*gap), |_| verdicts.next().unwrap_or(Verdict::Accepted));
+            }
+            sim.run(Duration::from_hours(10), |_| verdicts.next().unwrap_or(Verdict::Accepted));
+            prop_assert_eq!(sim.accepted.len() + sim.refused.len(), frames.len());
+            prop_assert_eq!(sim.line.in_flight() + sim.line.waiting() + sim.line.cases.len(), 0);
+            prop_assert!(sim.line.timed.is_empty() && sim.line.suspects.is_empty());
+            prop_assert!(sim.line.lanes.values().all(|l| l.cases == 0 && l.flying == 0 && l.suspects == 0));
+            let slow: Vec<_> = sim.attempts.iter().filter(|(_, id)| sim.detectors[id] == 0).map(|(at, _)| *at).collect();
+            for (rate, times) in [(20.0, slow), (rate, sim.attempts.iter().map(|(at, _)| *at).collect())] {
+                if rate > 0.0 {
+                    for (i, from) in times.iter().enumerate() {
+                        for (j, to) in times.iter().enumerate().skip(i) {
+                            let allowed = rate * (*to - *from).as_secs_f64() + rate.ceil() + 1e-3;
+                            prop_assert!((j - i + 1) as f64 <= allowed);
+                        }
+                    }
+                }
+            }
+        }
+    }
 }

@@ -69,12 +69,16 @@ impl Rig {
     async fn start(config: Config) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base_url = format!("http://{}/identities", listener.local_addr().unwrap());
-        Self::with(config, engine::Config { base_url, ..engine::Config::default() }, |app, tasks| {
+        Self::with(&config, engine::Config { base_url, ..engine::Config::default() }, |app, tasks| {
             tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
         })
     }
 
-    fn with(config: Config, engine_config: engine::Config, serve: impl FnOnce(axum::Router, &mut JoinSet<()>)) -> Self {
+    fn with(
+        config: &Config,
+        engine_config: engine::Config,
+        serve: impl FnOnce(axum::Router, &mut JoinSet<()>),
+    ) -> Self {
         let engine = Arc::new(Engine::default());
         let mut tasks = JoinSet::new();
         serve(axum::Router::new().fallback(answer).with_state(engine.clone()), &mut tasks);
@@ -83,7 +87,7 @@ impl Rig {
         let engine_config = engine::Config { username: Some("edge".into()), ..engine_config };
         let secrets = engine::Secrets { password_file: Some(password.path().join("password")), token_file: None };
         let metrics = Metrics::new();
-        let publisher = Publisher::new(&engine_config, secrets, &config, metrics.clone()).unwrap();
+        let publisher = Publisher::new(&engine_config, secrets, config, metrics.clone()).unwrap();
         let clockwork = publisher.clone();
         tasks.spawn(async move { clockwork.run(CancellationToken::new()).await });
         Self { engine, publisher, metrics, tasks, password }
@@ -108,7 +112,9 @@ impl Rig {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(PATIENCE / 2, wait).await.unwrap_or_else(|_| panic!("{what}: {:?}", self.publisher.status()));
+        tokio::time::timeout(PATIENCE / 2, wait)
+            .await
+            .unwrap_or_else(|_| panic!("{what}: {:?}", self.publisher.status()));
     }
 
     fn posts(&self) -> usize {
@@ -249,7 +255,7 @@ async fn one_bad_frame_among_good_ones_is_refused_and_the_rest_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_answer_is_counted_and_sent_again_and_an_absent_engine_pauses() {
+async fn an_absent_engine_pauses_and_a_stop_releases() {
     let rig = Rig::start(quick()).await;
     rig.publish(&["{}"]).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -266,6 +272,46 @@ async fn a_lost_answer_is_counted_and_sent_again_and_an_absent_engine_pauses() {
     };
     let (outcome, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(publishing, stopping) }).await.unwrap();
     assert_eq!(outcome, Outcome::Released);
+}
+
+/// Answers logins, drops the first publish after reading its head, accepts the second.
+async fn losing_engine(listener: TcpListener) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut publishes = 0;
+    loop {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"}") {
+            if stream.read_buf(&mut head).await.unwrap() == 0 {
+                break;
+            }
+        }
+        let body = if head.starts_with(b"POST /api/v1/authenticate") {
+            r#"{"username":"edge","token":"t"}"#
+        } else {
+            publishes += 1;
+            if publishes == 1 {
+                continue;
+            }
+            ""
+        };
+        let answer = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_answer_is_counted_as_ambiguous_and_the_frame_is_sent_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base_url = format!("http://{}", listener.local_addr().unwrap());
+    let rig = Rig::with(&quick(), engine::Config { base_url, ..engine::Config::default() }, |_, tasks| {
+        tasks.spawn(losing_engine(listener));
+    });
+    assert_eq!(rig.publish(&["{}"]).await, [Outcome::Accepted]);
+    let text = rig.metrics.render();
+    assert!(text.contains("framegate_publish_ambiguous_total 1"), "{text}");
+    assert!(text.contains(r#"framegate_publish_attempts_total{result="reset"} 1"#), "{text}");
+    assert!(text.contains(r#"framegate_publish_retries_total{reason="ambiguous"} 1"#), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -303,8 +349,13 @@ async fn a_dropped_publish_gives_its_place_back() {
 }
 
 /// A TLS server with a certificate of its own making; its base URL and its pin.
-async fn tls_server() -> (TcpListener, tokio_rustls::TlsAcceptor, String, String, rcgen::CertifiedKey<rcgen::KeyPair>) {
-    let made = rcgen::generate_simple_self_signed(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
+async fn tls_server(
+    expires: i32,
+) -> (TcpListener, tokio_rustls::TlsAcceptor, String, String, rcgen::CertifiedKey<rcgen::KeyPair>) {
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
+    params.not_after = rcgen::date_time_ymd(expires, 1, 1);
+    let signing_key = rcgen::KeyPair::generate().unwrap();
+    let made = rcgen::CertifiedKey { cert: params.self_signed(&signing_key).unwrap(), signing_key };
     let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -343,15 +394,17 @@ async fn pins_and_ca_files_let_the_right_server_in_and_no_other() {
     let other = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).unwrap();
     std::fs::write(&other_ca, other.cert.pem()).unwrap();
     let wrong_pin = "00".repeat(32);
-    for (ca_file, pinned, insecure, expected) in [
-        (None, Some(true), false, State::Open),
-        (None, Some(false), false, State::UnexpectedAnswer),
-        (Some(&ca), None, false, State::Open),
-        (Some(&other_ca), None, false, State::UnexpectedAnswer),
-        (Some(&other_ca), Some(true), false, State::UnexpectedAnswer),
-        (None, None, true, State::Open),
+    for (ca_file, pinned, insecure, expires, expected) in [
+        (None, Some(true), false, 2999, State::Open),
+        (None, Some(true), false, 2001, State::UnexpectedAnswer),
+        (None, Some(false), false, 2999, State::UnexpectedAnswer),
+        (Some(&ca), None, false, 2999, State::Open),
+        (Some(&ca), None, false, 2001, State::UnexpectedAnswer),
+        (Some(&other_ca), None, false, 2999, State::UnexpectedAnswer),
+        (Some(&other_ca), Some(true), false, 2999, State::UnexpectedAnswer),
+        (None, None, true, 2001, State::Open),
     ] {
-        let (listener, acceptor, base_url, pin, made) = tls_server().await;
+        let (listener, acceptor, base_url, pin, made) = tls_server(expires).await;
         std::fs::write(&ca, made.cert.pem()).unwrap();
         let config = engine::Config {
             base_url: base_url.clone(),
@@ -360,7 +413,7 @@ async fn pins_and_ca_files_let_the_right_server_in_and_no_other() {
             danger_accept_invalid_certs: insecure,
             ..engine::Config::default()
         };
-        let rig = Rig::with(quick(), config, |app, tasks| {
+        let rig = Rig::with(&quick(), config, |app, tasks| {
             tasks.spawn(serve_tls(listener, acceptor, app));
         });
         assert_eq!(tls::fetch_pin(&base_url).await.unwrap().pin_sha256, pin);
@@ -376,7 +429,29 @@ async fn pins_and_ca_files_let_the_right_server_in_and_no_other() {
         };
         let (outcome, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(publishing, watching) }).await.unwrap();
         let good = if expected == State::Open { Outcome::Accepted } else { Outcome::Released };
-        assert_eq!(outcome, good, "{ca_file:?} {pinned:?} {insecure} {:?}", rig.publisher.status());
+        assert_eq!(outcome, good, "{ca_file:?} {pinned:?} {insecure} {expires} {:?}", rig.publisher.status());
         assert!(rig.tasks.len() == 2 && rig.publisher.status().insecure == insecure);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_speaks_no_tls_is_unreachable() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = engine::Config {
+        base_url: format!("https://{}", listener.local_addr().unwrap()),
+        danger_accept_invalid_certs: true,
+        ..engine::Config::default()
+    };
+    let rig = Rig::with(quick(), config, |app, tasks| {
+        tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
+    });
+    let frame = frame("cam", 0.0);
+    let publishing = rig.publisher.publish(&frame, Bytes::from_static(b"{}"), || ());
+    let watching = async {
+        rig.eventually("paused", |status| status.state == State::Unreachable).await;
+        assert!(rig.publisher.status().reason.contains("TLS failed"), "{}", rig.publisher.status().reason);
+        rig.publisher.stop();
+    };
+    let (outcome, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(publishing, watching) }).await.unwrap();
+    assert_eq!(outcome, Outcome::Released);
 }

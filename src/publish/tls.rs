@@ -14,7 +14,9 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore, SignatureScheme,
+};
 use tokio::net::TcpStream;
 use webpki::EndEntityCert;
 
@@ -155,11 +157,15 @@ struct Verifier {
     pins: Option<Vec<Pin>>,
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("its public key is none of engine.pin_sha256")]
+struct NotPinned;
+
 impl Verifier {
     fn check_pin(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
         let Some(pins) = &self.pins else { return Ok(()) };
         if !pins.contains(&pin_of(certificate)?) {
-            return Err(Error::General("the public key is none of engine.pin_sha256".into()));
+            return Err(CertificateError::Other(OtherError(Arc::new(NotPinned))).into());
         }
         check_validity(certificate, now)
     }

@@ -117,10 +117,9 @@ fn judge_reply(reply: &Reply, now: SystemTime) -> Verdict {
         401 => Verdict::Token,
         403 => Verdict::Forbidden { status, message: message() },
         404 | 405 | 407 | 421 | 426 | 501 | 511 => Verdict::NotOurEngine(format!("status {status}: {}", message())),
-        408 | 425 | 429 => transient(reply, now),
+        408 | 425 | 429 | 502..=510 | 512..600 => transient(reply, now),
         400..500 => Verdict::Rejected { status, message: message() },
         500 => Verdict::ServerError { status, message: message() },
-        501..600 => transient(reply, now),
         _ => Verdict::NotOurEngine(format!("status {status}, which the engine does not use")),
     }
 }

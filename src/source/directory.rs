@@ -1,8 +1,368 @@
-//! stub
+//! Drop directories: where detectors write files, and where each file is claimed, read and finally removed.
+//!
+//! [`run`] is the clockwork: when to scan, to look again, to settle. Events are hints, scans are the truth. What blocks
+//! is in `site` and runs on threads where it may; what is pure is in `window`.
+
+mod archive;
+mod claim;
 mod config;
-pub mod detect_time;
-pub use config::*;
+mod detect_time;
+mod site;
+mod tree;
+mod watch;
+mod window;
+
+use std::io;
 use std::sync::Arc;
-use crate::{metrics::Metrics, queue::Intake, source::{Entry, Health}};
-/// x
-pub async fn run(_entry: Arc<Entry>, _intake: Intake, _metrics: Arc<Metrics>, _max_frame: u64, _health: Health, stop: tokio_util::sync::CancellationToken) { stop.cancelled().await }
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use self::claim::Root;
+pub use self::config::{AfterPublish, Config, DetectTime, FromName, Template, Watch};
+use self::site::{Settled, Site, Tally, Via};
+use self::watch::{Event, Events, Watcher};
+use self::window::Key;
+use super::{Entry, Health};
+use crate::metrics::Metrics;
+use crate::queue::Intake;
+
+/// How often the directory itself is looked for, and scanned where events cannot be had.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Events or dispositions that are handled in one go.
+const BATCH: usize = 256;
+/// Between two tries to remove files that could not be removed.
+const SETTLE_AGAIN: Duration = Duration::from_secs(5);
+/// How often the archive's old files are looked for.
+const ARCHIVE_EVERY: Duration = Duration::from_secs(600);
+
+/// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
+pub async fn run(
+    entry: Arc<Entry>,
+    intake: Intake,
+    metrics: Arc<Metrics>,
+    max_frame: u64,
+    health: Health,
+    stop: CancellationToken,
+) {
+    let (site, settled) = match Site::new(entry, intake, metrics, max_frame, health.clone()) {
+        Ok(made) => made,
+        Err(error) => {
+            // The configuration was checked before; only a disagreement between the two checks leads here.
+            health.set(super::State::Held(format!("{error:#}")));
+            tracing::error!("a drop directory cannot be served: {error:#}");
+            return stop.cancelled().await;
+        }
+    };
+    let finished = CancellationToken::new();
+    let serving = async {
+        serve(&site, &stop).await;
+        drain(&site).await;
+        finished.cancel();
+    };
+    tokio::join!(serving, settle(&site, settled, &finished));
+    let last = site.clone();
+    // A panic in there would be a bug; the claims are adopted at the next start all the same.
+    drop(
+        spawn_blocking(move || {
+            last.give_back();
+            last.root.store(None);
+        })
+        .await,
+    );
+}
+
+/// Opens the directory again and again, and serves it as long as it is there.
+async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
+    while !stop.is_cancelled() {
+        let path = site.entry.directory.path.clone();
+        match blocking(move || Root::open(&path)).await {
+            Ok(root) => {
+                let root = Arc::new(root);
+                site.root.store(Some(root.clone()));
+                site.deliver();
+                site.nudge();
+                serve_root(site, &root, stop).await;
+                if !stop.is_cancelled() {
+                    site.root.store(None);
+                    let gone = site.clone();
+                    drop(spawn_blocking(move || gone.forget_all()).await);
+                }
+            }
+            Err(error) => site.hold(&missing(&error)),
+        }
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(LOOK_EVERY), if site.root.load().is_none() => {}
+        }
+    }
+}
+
+/// Serves one directory until it goes away or `stop`.
+async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken) {
+    let config = &site.entry.directory;
+    let (mut watcher, mut events) = begin_watch(site, root);
+    let mut look = tokio::time::interval(LOOK_EVERY.min(config.rescan));
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut scan: Option<JoinHandle<io::Result<bool>>> = None;
+    let mut scan_due = Instant::now();
+    let mut young_due: Option<Instant> = None;
+    let mut tidied: Option<Instant> = None;
+    loop {
+        if scan.is_none() && scan_due <= Instant::now() {
+            scan = Some(begin_scan(site, root, watcher.clone()));
+            scan_due = Instant::now() + next_scan(config, events.is_some());
+        }
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
+                scan = None;
+                match done {
+                    Ok(Ok(true)) => site.deliver(),
+                    Ok(Ok(false)) => {
+                        (watcher, events) = (None, None);
+                        exhausted(site);
+                    }
+                    Ok(Err(error)) => site.hold(&missing(&error)),
+                    Err(error) => tracing::error!(%error, "a scan failed; the next one is due soon"),
+                }
+                site.nudge();
+            }
+            event = next_event(&mut events) => match event {
+                Ok(batch) => {
+                    if batch.contains(&Event::Overflow) {
+                        site.metrics.counter("watch_overflows_total", &[]).increment(1);
+                        scan_due = Instant::now();
+                    }
+                    if batch.contains(&Event::Gone) {
+                        break;
+                    }
+                    let (at, to, with) = (site.clone(), root.clone(), watcher.clone());
+                    if !blocking(move || Ok(handle(&at, &to, with.as_ref(), batch))).await.unwrap_or(true) {
+                        (watcher, events) = (None, None);
+                        exhausted(site);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, path = ?config.path, "watching failed; polling from now on");
+                    (watcher, events) = (None, None);
+                }
+            },
+            () = site.changed.notified() => young_due = Some(Instant::now()),
+            () = sleep_until(young_due) => {
+                let at = site.clone();
+                young_due = blocking(move || Ok(at.look_at_young())).await.ok().flatten();
+            }
+            _ = look.tick() => {
+                let (path, known) = (config.path.clone(), (root.dev, root.ino));
+                let same = blocking(move || tree::open(&path).and_then(tree::look_at)).await;
+                if same.map(|look| (look.dev, look.ino)).ok() != Some(known) {
+                    break;
+                }
+                if site.wants_scan() {
+                    scan_due = Instant::now();
+                }
+                if site.health.held().is_some() {
+                    site.nudge();
+                }
+                if tidied.is_none_or(|at| at.elapsed() >= ARCHIVE_EVERY) {
+                    tidied = Some(Instant::now());
+                    tidy_archive(site).await;
+                }
+            }
+        }
+    }
+    if let Some(scan) = scan {
+        // It notices `stopping`, or its directory's end, by itself; a second one must not run beside it.
+        if stop.is_cancelled() {
+            site.stopping.store(true, Ordering::Relaxed);
+        }
+        drop(scan.await);
+    }
+}
+
+/// Nothing more is offered; waits until every frame in hand has come back.
+async fn drain(site: &Arc<Site>) {
+    site.stopping.store(true, Ordering::Relaxed);
+    while site.outstanding.load(Ordering::Acquire) > 0 {
+        tokio::select! {
+            () = site.changed.notified() => {}
+            // A notification may have been taken by the look that came before.
+            () = tokio::time::sleep(Duration::from_millis(50)) => {}
+        }
+    }
+}
+
+/// Carries out dispositions in batches, and again what the file system refused.
+async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>, finished: &CancellationToken) {
+    let mut stuck: Vec<Settled> = Vec::new();
+    let mut batch = Vec::new();
+    loop {
+        tokio::select! {
+            biased;
+            n = settled.recv_many(&mut batch, BATCH) => {
+                let fresh = std::mem::take(&mut batch);
+                let left = settle_batch(site, fresh).await;
+                // What cannot be removed is remembered, and never published again while we live.
+                stuck.extend(left);
+                for _ in 0..n {
+                    site.done();
+                }
+            }
+            () = tokio::time::sleep(SETTLE_AGAIN), if !stuck.is_empty() => {
+                stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
+                if stuck.is_empty() {
+                    site.deliver();
+                }
+            }
+            () = finished.cancelled() => return,
+        }
+    }
+}
+
+async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
+    let at = site.clone();
+    let work = move || {
+        let mut stuck = Vec::new();
+        let mut why = None;
+        for settled in batch {
+            if let Err(error) = at.settle(&settled) {
+                at.metrics.counter("settle_errors_total", &[("operation", "remove")]).increment(1);
+                why = Some(error);
+                stuck.push(settled);
+            }
+        }
+        if let Some(error) = why {
+            at.hold(&format!(
+                "{} settled files cannot be removed ({error}); they are not published again while this runs",
+                stuck.len()
+            ));
+        }
+        stuck
+    };
+    spawn_blocking(work).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "settling failed; the claims are found again at the next start");
+        Vec::new()
+    })
+}
+
+fn begin_watch(site: &Arc<Site>, root: &Arc<Root>) -> (Option<Watcher>, Option<Events>) {
+    let config = &site.entry.directory;
+    let poll = |why: &str| {
+        tracing::info!(detector = %site.entry.name, path = ?config.path, "polling: {why}");
+        (None, None)
+    };
+    match config.watch {
+        Watch::Poll => (None, None),
+        Watch::Auto if !watch::tells_all(&root.fd) => {
+            poll("this kind of file system does not tell of changes that others make")
+        }
+        Watch::Auto | Watch::Inotify => match watch::begin(config.recursive) {
+            Ok((watcher, events)) => (Some(watcher), Some(events)),
+            Err(_) => {
+                exhausted(site);
+                (None, None)
+            }
+        },
+    }
+}
+
+/// No more watches are to be had.
+fn exhausted(site: &Site) {
+    site.metrics.counter("watch_errors_total", &[]).increment(1);
+    tracing::warn!(
+        detector = %site.entry.name,
+        path = ?site.entry.directory.path,
+        "not every directory can be watched, so they are polled: raise the sysctls fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+    );
+}
+
+fn begin_scan(site: &Arc<Site>, root: &Arc<Root>, watcher: Option<Watcher>) -> JoinHandle<io::Result<bool>> {
+    let (site, root) = (site.clone(), root.clone());
+    spawn_blocking(move || site.scan(&root, watcher.as_ref()))
+}
+
+/// A tenth more or less, so that many directories are not scanned at the same moment.
+fn next_scan(config: &Config, watched: bool) -> Duration {
+    let every = if watched { config.rescan } else { config.rescan.min(LOOK_EVERY) };
+    every.mul_f64(0.9 + 0.2 * fastrand::f64())
+}
+
+/// The next events, as many as there are at once. Never, while nothing is watched. Cancel safe: what was read is
+/// returned at once.
+async fn next_event(events: &mut Option<Events>) -> io::Result<Vec<Event>> {
+    use futures_util::FutureExt as _;
+    let Some(events) = events else { return std::future::pending().await };
+    let mut batch = vec![events.next().await?];
+    while batch.len() < BATCH {
+        match events.next().now_or_never() {
+            Some(event) => batch.push(event?),
+            None => break,
+        }
+    }
+    Ok(batch)
+}
+
+/// `false`: a new directory could not be watched.
+fn handle(site: &Arc<Site>, root: &Arc<Root>, watcher: Option<&Watcher>, batch: Vec<Event>) -> bool {
+    use std::os::fd::AsFd as _;
+    let mut watched = true;
+    let mut open: Option<(Arc<[u8]>, std::os::fd::OwnedFd)> = None;
+    for event in batch {
+        let (dir, name, via) = match event {
+            Event::Moved { dir, name } => (dir, name, Via::Moved),
+            Event::Closed { dir, name } => (dir, name, Via::Closed),
+            Event::Directory { dir } => {
+                watched &= site.visit_new(root, &dir, watcher).unwrap_or(true);
+                continue;
+            }
+            Event::Overflow | Event::Gone => continue,
+        };
+        if open.as_ref().is_none_or(|(at, _)| *at != dir) {
+            open = tree::open_below(root.fd.as_fd(), &dir).ok().map(|fd| (dir.clone(), fd));
+        }
+        if let Some((_, fd)) = &open {
+            site.notice(fd.as_fd(), &Key { dir, name }, via, &mut Tally::default());
+        }
+    }
+    watched
+}
+
+async fn tidy_archive(site: &Arc<Site>) {
+    let config = &site.entry.directory;
+    let (Some(archive), false) = (config.archive.clone(), config.archive_max_age.is_zero()) else { return };
+    let max_age = config.archive_max_age;
+    match blocking(move || archive::tidy(&archive, max_age)).await {
+        Ok(0) => {}
+        Ok(n) => {
+            tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age")
+        }
+        Err(error) => tracing::warn!(detector = %site.entry.name, %error, "the archive cannot be tidied"),
+    }
+}
+
+fn missing(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "the directory does not exist; it is looked for every second".into(),
+        io::ErrorKind::PermissionDenied => {
+            format!("the directory cannot be used; make the service's user its owner ({error})")
+        }
+        _ => format!("the directory cannot be used ({error})"),
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+async fn sleep_until(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}

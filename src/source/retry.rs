@@ -397,7 +397,7 @@ mod tests {
     }
 
     fn intake() -> Intake {
-        Intake {}
+        crate::queue::queue(1024, &Metrics::new()).0
     }
 
     #[tokio::test]

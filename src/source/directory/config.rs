@@ -57,13 +57,13 @@ impl Default for Config {
             recursive: true,
             include: ["*.jpg", "*.jpeg", "*.png"].map(str::to_owned).into(),
             quiet: Duration::from_millis(500),
-            partial_timeout: Duration::from_secs(60),
+            partial_timeout: Duration::from_mins(1),
             rescan: Duration::from_secs(30),
             watch: Watch::Auto,
             detect_time: DetectTime::Modified,
             after_publish: AfterPublish::Delete,
             archive: None,
-            archive_max_age: Duration::from_secs(30 * 24 * 3600),
+            archive_max_age: Duration::from_hours(30 * 24),
             remove_empty_directories: false,
         }
     }
@@ -241,7 +241,9 @@ impl Template {
             let end = rest[open..].find('}').with_context(|| format!("`{name}` has a `{{` without its `}}`"))? + open;
             let inside = &rest[open + 1..end];
             let Some(index) = inside.strip_prefix("path.").and_then(|n| n.parse::<usize>().ok()) else {
-                bail!("`{{{inside}}}` is no placeholder of a drop directory; `{{path.0}}` is the first directory below `path`");
+                bail!(
+                    "`{{{inside}}}` is no placeholder of a drop directory; `{{path.0}}` is the first directory below `path`"
+                );
             };
             if open > 0 {
                 parts.push(Part::Text(rest[..open].to_owned()));

@@ -1,0 +1,314 @@
+//! The window on a drop directory: which waiting files are known, which detector's line each stands in, and who is next.
+//! Pure; no I/O.
+//!
+//! Two lanes for each detector: what came while we watched (youngest first) and the backlog (newest first); three of
+//! the first go for one of the second. A backlog of any size is held as its best [`FRAMES_MAX`] files: the rest is only
+//! counted, and found again by the next scan.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::claim::Claim;
+use crate::source::Order;
+
+/// Files held in the window of one source.
+pub(super) const FRAMES_MAX: usize = 65_536;
+/// After this long in the fresh lane, a frame belongs to the backlog.
+const FRESH_FOR: Duration = Duration::from_secs(30);
+/// Turns of the fresh lane for one of the backlog.
+const FRESH_TURNS: u8 = 3;
+
+/// A file by the place where it was found.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    /// Below the drop directory, without slashes around; empty for the directory itself.
+    pub dir: Arc<[u8]>,
+    pub name: Arc<[u8]>,
+}
+
+/// A file in line.
+#[derive(Clone, Debug)]
+pub(super) struct Waiting {
+    pub key: Key,
+    pub size: u64,
+    /// Nanoseconds since 1970.
+    pub mtime: i64,
+    /// When it was noticed first.
+    pub noticed: Instant,
+    pub received_at: Timestamp,
+    /// Since when it is known to be unchanged.
+    pub still_since: Instant,
+    /// Renamed into place, or unchanged for `quiet`: what is wrong with it is not going to change.
+    pub settled: bool,
+    /// It is ours already.
+    pub claim: Option<Claim>,
+}
+
+/// What adding a file did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Added {
+    /// It stands in line.
+    InLine,
+    /// It stands in line, and another that had been counted went out of the window for it.
+    InsteadOf,
+    /// It was known.
+    Known,
+    /// The window is full of better ones.
+    NoRoom,
+}
+
+/// The lines of one source.
+#[derive(Debug)]
+pub(super) struct Window {
+    order: Order,
+    lines: HashMap<Arc<str>, Line>,
+    known: HashMap<Key, State>,
+    max: usize,
+    waiting: usize,
+    sequence: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct State {
+    /// The scan that saw it last.
+    scan: u64,
+    /// In an encode worker's hands, or on the way there.
+    taken: bool,
+    /// It came again while it was taken.
+    again: bool,
+}
+
+#[derive(Debug, Default)]
+struct Line {
+    fresh: VecDeque<Waiting>,
+    backlog: BTreeMap<(i64, u64), Waiting>,
+    turns: u8,
+}
+
+impl Window {
+    pub(super) fn new(order: Order, max: usize) -> Self {
+        Self { order, lines: HashMap::new(), known: HashMap::new(), max, waiting: 0, sequence: 0 }
+    }
+
+    /// How many stand in line.
+    pub(super) fn len(&self) -> usize {
+        self.waiting
+    }
+
+    /// Adds a file to `detector`'s line. `fresh`: it came while we watched. `scan`: the scan that found it (0: none).
+    pub(super) fn add(&mut self, detector: &Arc<str>, waiting: Waiting, fresh: bool, scan: u64) -> Added {
+        if let Some(state) = self.known.get_mut(&waiting.key) {
+            state.scan = state.scan.max(scan);
+            state.again |= state.taken && scan == 0;
+            return Added::Known;
+        }
+        let mut added = Added::InLine;
+        if self.waiting >= self.max {
+            match self.make_room(detector, waiting.mtime, fresh) {
+                // One that this scan has passed is counted with those beyond the window; the others it will still meet.
+                Some(state) => added = if scan == 0 || state.scan == scan { Added::InsteadOf } else { Added::InLine },
+                None => return Added::NoRoom,
+            }
+        }
+        self.known.insert(waiting.key.clone(), State { scan, taken: false, again: false });
+        self.put(detector, waiting, fresh);
+        added
+    }
+
+    /// Puts back what was taken; its place in `known` is still there.
+    pub(super) fn put_back(&mut self, detector: &Arc<str>, waiting: Waiting) {
+        let state = State { scan: 0, taken: false, again: false };
+        self.known.entry(waiting.key.clone()).or_insert(state).taken = false;
+        self.put(detector, waiting, false);
+    }
+
+    /// Who is next in `detector`'s line.
+    pub(super) fn next(&mut self, detector: &str, now: Instant) -> Option<Waiting> {
+        let line = self.lines.get_mut(detector)?;
+        line.age(now, &mut self.sequence);
+        let waiting = line.next(self.order)?;
+        self.waiting -= 1;
+        if let Some(state) = self.known.get_mut(&waiting.key) {
+            state.taken = true;
+        }
+        Some(waiting)
+    }
+
+    /// A taken one is not in line any more. `true`: it came again meanwhile and wants another look.
+    pub(super) fn forget(&mut self, key: &Key) -> bool {
+        self.known.remove(key).is_some_and(|state| state.again)
+    }
+
+    /// Whether it is in line or taken.
+    pub(super) fn knows(&self, key: &Key) -> bool {
+        self.known.contains_key(key)
+    }
+
+    /// Everything in line, out of it.
+    pub(super) fn drain(&mut self) -> Vec<(Arc<str>, Waiting)> {
+        let mut all = Vec::new();
+        for (name, line) in &mut self.lines {
+            all.extend(line.fresh.drain(..).map(|w| (name.clone(), w)));
+            all.extend(std::mem::take(&mut line.backlog).into_values().map(|w| (name.clone(), w)));
+        }
+        self.waiting = 0;
+        for (_, waiting) in &all {
+            self.known.remove(&waiting.key);
+        }
+        all
+    }
+
+    fn put(&mut self, detector: &Arc<str>, waiting: Waiting, fresh: bool) {
+        self.waiting += 1;
+        self.sequence += 1;
+        let line = self.lines.entry(detector.clone()).or_default();
+        if fresh {
+            line.fresh.push_back(waiting);
+        } else {
+            line.backlog.insert((waiting.mtime, self.sequence), waiting);
+        }
+    }
+
+    /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`.
+    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<State> {
+        let newest_first = self.order == Order::FreshestFirst;
+        // A detector with little gets room at the cost of the one with most.
+        let longest = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
+        let own = **longest.0 == *detector;
+        let line = longest.1;
+        let edge = if newest_first { line.backlog.first_key_value() } else { line.backlog.last_key_value() };
+        let (worst, from_backlog) = match edge {
+            Some((key, _)) => (key.0, true),
+            None if newest_first => (line.fresh.front()?.mtime, false),
+            None => (line.fresh.back()?.mtime, false),
+        };
+        let better = if newest_first { fresh || mtime > worst } else { mtime < worst };
+        if own && !better {
+            return None;
+        }
+        let gone = match (from_backlog, newest_first) {
+            (true, true) => line.backlog.pop_first()?.1,
+            (true, false) => line.backlog.pop_last()?.1,
+            (false, true) => line.fresh.pop_front()?,
+            (false, false) => line.fresh.pop_back()?,
+        };
+        self.waiting -= 1;
+        self.known.remove(&gone.key)
+    }
+}
+
+impl Line {
+    /// What has waited too long to be fresh goes to the backlog.
+    fn age(&mut self, now: Instant, sequence: &mut u64) {
+        while self.fresh.front().is_some_and(|w| now.saturating_duration_since(w.noticed) > FRESH_FOR) {
+            let Some(waiting) = self.fresh.pop_front() else { return };
+            *sequence += 1;
+            self.backlog.insert((waiting.mtime, *sequence), waiting);
+        }
+    }
+
+    fn next(&mut self, order: Order) -> Option<Waiting> {
+        match order {
+            Order::FreshestFirst => {
+                if !self.fresh.is_empty() && (self.backlog.is_empty() || self.turns < FRESH_TURNS) {
+                    self.turns = self.turns.saturating_add(1).min(FRESH_TURNS);
+                    return self.fresh.pop_back();
+                }
+                self.turns = 0;
+                self.backlog.pop_last().map(|(_, w)| w)
+            }
+            // The backlog is older than what came since; within the fresh lane the first to come is the oldest.
+            Order::OldestFirst => self.backlog.pop_first().map(|(_, w)| w).or_else(|| self.fresh.pop_front()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(n: i64, at: Instant) -> Waiting {
+        Waiting {
+            key: Key { dir: Arc::from(*b""), name: n.to_string().as_bytes().into() },
+            size: 1,
+            mtime: n,
+            noticed: at,
+            received_at: Timestamp::UNIX_EPOCH,
+            still_since: at,
+            settled: true,
+            claim: None,
+        }
+    }
+
+    fn order(window: &mut Window, now: Instant) -> Vec<i64> {
+        std::iter::from_fn(|| window.next("cam", now)).map(|w| w.mtime).collect()
+    }
+
+    #[test]
+    fn three_fresh_frames_go_for_one_of_the_backlog_each_newest_first() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::FreshestFirst, 100);
+        for n in 1..=4 {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        for n in 11..=16 {
+            window.add(&cam, file(n, now), true, 0);
+        }
+        assert_eq!(order(&mut window, now), [16, 15, 14, 4, 13, 12, 11, 3, 2, 1]);
+    }
+
+    #[test]
+    fn oldest_first_turns_it_round() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::OldestFirst, 100);
+        for n in [3, 1, 2] {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        for n in 11..=12 {
+            window.add(&cam, file(n, now), true, 0);
+        }
+        assert_eq!(order(&mut window, now), [1, 2, 3, 11, 12]);
+    }
+
+    #[test]
+    fn what_waited_long_joins_the_backlog_in_its_place() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::FreshestFirst, 100);
+        window.add(&cam, file(5, now), true, 0);
+        window.add(&cam, file(7, now), false, 1);
+        let later = now + FRESH_FOR + Duration::from_secs(1);
+        window.add(&cam, file(9, later), true, 0);
+        assert_eq!(order(&mut window, later), [9, 7, 5]);
+    }
+
+    #[test]
+    fn the_window_keeps_the_best_and_says_what_went() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::FreshestFirst, 3);
+        for n in [1, 2, 3] {
+            assert_eq!(window.add(&cam, file(n, now), false, 1), Added::InLine);
+        }
+        assert_eq!(window.add(&cam, file(3, now), false, 1), Added::Known);
+        assert_eq!(window.add(&cam, file(0, now), false, 1), Added::NoRoom);
+        assert_eq!(window.add(&cam, file(4, now), false, 1), Added::InsteadOf, "1 was passed by this scan");
+        assert_eq!(window.add(&cam, file(5, now), false, 2), Added::InLine, "2 will be met by this scan again");
+        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), Added::InsteadOf, "others get room");
+        assert_eq!(window.len(), 3);
+        assert_eq!(order(&mut window, now), [5, 4]);
+    }
+
+    #[test]
+    fn a_file_that_comes_again_while_it_is_taken_wants_another_look() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::FreshestFirst, 3);
+        window.add(&cam, file(1, now), true, 0);
+        let taken = window.next("cam", now).unwrap();
+        assert_eq!(window.add(&cam, file(1, now), true, 0), Added::Known);
+        assert!(window.forget(&taken.key));
+        assert!(!window.knows(&taken.key));
+    }
+}
