@@ -134,9 +134,15 @@ impl Site {
         self.dir.path().join("drop").join(index.expect("the site has this detector").to_string())
     }
 
-    /// Every file below the drop directories, claims of a daemon included: empty when all is settled.
+    /// Every file below the drop directories, claims of a daemon included, the locks of living ones not: empty when all
+    /// is settled.
     pub fn files_left(&self) -> Vec<PathBuf> {
-        files_below(&self.dir.path().join("drop"))
+        let mut files = files_below(&self.dir.path().join("drop"));
+        files.retain(|path| {
+            let hidden = path.parent().and_then(Path::file_name).is_some_and(|dir| dir == ".framegate");
+            !(hidden && path.extension().is_some_and(|it| it == "lock"))
+        });
+        files
     }
 
     /// Writes the configuration as it stands; [`Site::start`] does so too.
