@@ -55,7 +55,7 @@ fn d1_kill_9_under_load_two_hundred_times_loses_nothing_and_doubles_only_what_wa
 #[test]
 fn d4_sigterm_under_load_ends_in_time_gives_everything_back_and_doubles_nothing() {
     let engine = slow_engine();
-    let site = site(&engine).section("[shutdown]\ndeadline = \"5s\"").detector("Lobby", "UTC", "");
+    let site = site(&engine).engine_keys("timeout = \"4s\"").section("[shutdown]\ndeadline = \"5s\"").detector("Lobby", "UTC", "");
     let camera = Camera::start(&[engine.clone()], vec![site.drop_dir("Lobby")], AHEAD);
     for _ in 0..10 {
         let seen = engine.counts().accepted;
@@ -360,7 +360,7 @@ fn e4_password_token_and_image_never_appear_in_logs_at_trace_level_metrics_statu
             faults.by_image.insert(hex(&hash(&canaries[1])), 400);
         });
         engine.script([Action::CutBefore, Action::CutAfter, Action::status(503)]);
-        engine.script([Action::status(401), echo(&canaries[2])]);
+        engine.script([echo(&canaries[2])]);
         for (n, canary) in canaries.iter().enumerate().skip(1) {
             put(&directory, &format!("{n}.jpg"), canary);
         }
@@ -462,8 +462,9 @@ fn a28_without_any_file_descriptor_nothing_is_lost_and_it_recovers() {
         .map(|it| it.unwrap().file_name().to_str().unwrap().parse::<u64>().unwrap())
         .max()
         .expect("descriptors");
-    let starved = Rlimit { current: Some(3), maximum: Some(4096) };
-    let before = prlimit(pid, Resource::Nofile, starved).expect("a limit can be lowered");
+    // The daemon's are ours.
+    let plenty = rustix::process::getrlimit(Resource::Nofile);
+    prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), maximum: plenty.maximum }).expect("a limit can be lowered");
     assert!(highest > 3);
     // Connections end, so that none is left to publish on.
     engine.cut_connections();
@@ -471,7 +472,7 @@ fn a28_without_any_file_descriptor_nothing_is_lost_and_it_recovers() {
     eventually("the box's trouble is said", PATIENCE, || {
         site.log().to_lowercase().contains("too many open files").then_some(())
     });
-    prlimit(pid, Resource::Nofile, Rlimit { maximum: Some(4096), ..before }).expect("and raised");
+    prlimit(pid, Resource::Nofile, plenty).expect("and raised");
     let samples = daemon.idle(Duration::from_mins(1));
     let doubled = nothing_lost(&[&engine], &written);
     assert!(doubled <= MAX_IN_FLIGHT, "{doubled} came twice");
@@ -491,7 +492,9 @@ fn promtool_finds_nothing_wrong_and_every_metric_of_the_design_is_there() {
     engine.change(|faults| {
         faults.by_image.insert(hex(&refused), 400);
     });
-    (1..40).for_each(|n| drop(put_face(&directory, n)));
+    for n in 1..40 {
+        put_face(&directory, n);
+    }
     daemon.idle(PATIENCE);
     let (_, text) = daemon.get("/metrics").unwrap();
     for name in [
