@@ -458,12 +458,9 @@ impl Shared {
             .map(|d| d.counts())
             .fold((0, 0), |(published, pending), c| (published + c.published, pending + c.pending));
         let held = self.sources().iter().filter(|(_, health)| health.held().is_some()).count();
-        let mut line =
-            format!("engine {}; {} published, {} pending", self.publisher.status().state.as_str(), counts.0, counts.1);
-        if held > 0 {
-            line += &format!("; {held} detectors held");
-        }
-        line
+        let held = if held > 0 { format!("; {held} detectors held") } else { String::new() };
+        let state = self.publisher.status().state.as_str();
+        format!("engine {state}; {} published, {} pending{held}", counts.0, counts.1)
     }
 }
 

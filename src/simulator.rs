@@ -1,6 +1,6 @@
 //! A stand-in for the engine with faults to order: for `framegate simulate-engine`, the demo, tests and benches.
 //!
-//! It is as strict as the contract allows ([`Counts::violations`] must stay 0 whatever is wrong with the network), remembers what it
+//! It is as strict as the contract allows (`violations` in its counts must stay 0 whatever is wrong with the network), remembers what it
 //! accepted, and breaks as it is told to. It is not the engine: it recognises nobody. Nothing else of Framegate is used in here, so that
 //! a mistake cannot be made on both sides at once.
 

@@ -9,6 +9,8 @@ use std::path::Path;
 const LAYERS: &[(&str, &[&str])] = &[
     ("frame", &[]),
     ("secret", &[]),
+    ("notify", &[]),
+    ("log", &[]),
     // One rung: the metrics count by settle's reasons, and what settles is counted.
     ("metrics", &["frame", "settle"]),
     ("settle", &["frame", "metrics"]),
@@ -16,9 +18,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("encode", &["frame", "metrics", "settle", "queue"]),
     ("publish", &["frame", "secret", "metrics", "settle"]),
     ("source", &["frame", "secret", "metrics", "settle", "queue", "encode"]),
-    ("pipeline", &["frame", "metrics", "settle", "queue", "encode", "publish"]),
-    ("notify", &["metrics"]),
-    ("log", &[]),
+    ("pipeline", &["frame", "metrics", "settle", "queue", "encode", "publish", "notify"]),
     ("control", &["frame", "metrics", "settle", "publish", "source"]),
     ("admin", &["frame", "metrics", "settle", "publish", "source", "control"]),
     ("config", &["frame", "secret", "settle", "queue", "encode", "publish", "source", "log", "control", "admin"]),
@@ -210,7 +210,9 @@ fn imports_out_of_order(file: &File) -> Vec<String> {
 fn modules_named(file: &File) -> BTreeSet<String> {
     let up = "super::".repeat(file.depth());
     let mut named = BTreeSet::new();
-    for root in ["crate::", "framegate::", up.as_str()] {
+    // Only the binary sees the crate from outside; elsewhere its name stands in texts, such as log filters.
+    let by_name = if file.module() == "main" { "framegate::" } else { "crate::" };
+    for root in ["crate::", by_name, up.as_str()] {
         for (at, _) in file.code.match_indices(root) {
             if !file.code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':') {
                 let mut heads = heads(&file.code[at + root.len()..]);

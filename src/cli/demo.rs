@@ -264,7 +264,7 @@ fn finish(
             "  stalled: nothing moved for {STALLED_AFTER:?}; {pending} of {written} frames were still waiting"
         )?,
         End::Interrupted => {
-            writeln!(text, "  interrupted: {pending} of {written} written frames were not published yet")?
+            writeln!(text, "  interrupted: {pending} of {written} written frames were not published yet")?;
         }
     }
     super::print(&text)?;

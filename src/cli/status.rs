@@ -39,8 +39,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 fn describe(status: &Status) -> String {
     let mut text = String::new();
     let up = humantime::format_duration(std::time::Duration::from_secs(status.uptime_seconds));
-    // Writing to a String cannot fail.
-    let mut line = |args: std::fmt::Arguments| drop(text.write_fmt(format_args!("{args}\n")));
+    let mut line = |args: std::fmt::Arguments| text.extend([&*args.to_string(), "\n"]);
     line(format_args!(
         "framegate {} (pid {}), up {up}, metrics at http://{}/metrics",
         status.version, status.pid, status.admin

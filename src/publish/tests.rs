@@ -442,7 +442,7 @@ async fn a_server_that_speaks_no_tls_is_unreachable() {
         danger_accept_invalid_certs: true,
         ..engine::Config::default()
     };
-    let rig = Rig::with(quick(), config, |app, tasks| {
+    let rig = Rig::with(&quick(), config, |app, tasks| {
         tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
     });
     let frame = frame("cam", 0.0);

@@ -1,6 +1,7 @@
 //! TLS towards the engine: the box's CAs, one CA, pinned keys, or (said aloud) no verification. And the pin of a server, for
 //! `framegate pin`. Not here: serving TLS.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -157,15 +158,12 @@ struct Verifier {
     pins: Option<Vec<Pin>>,
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("its public key is none of engine.pin_sha256")]
-struct NotPinned;
-
 impl Verifier {
     fn check_pin(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
         let Some(pins) = &self.pins else { return Ok(()) };
         if !pins.contains(&pin_of(certificate)?) {
-            return Err(CertificateError::Other(OtherError(Arc::new(NotPinned))).into());
+            let not_pinned = io::Error::other("its public key is none of engine.pin_sha256");
+            return Err(CertificateError::Other(OtherError(Arc::new(not_pinned))).into());
         }
         check_validity(certificate, now)
     }

@@ -38,7 +38,7 @@ const BATCH: usize = 256;
 /// Between two tries to remove files that could not be removed.
 const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 /// How often the archive's old files are looked for.
-const ARCHIVE_EVERY: Duration = Duration::from_secs(600);
+const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 
 /// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
 pub async fn run(
@@ -262,13 +262,14 @@ fn begin_watch(site: &Arc<Site>, root: &Arc<Root>) -> (Option<Watcher>, Option<E
         Watch::Auto if !watch::tells_all(&root.fd) => {
             poll("this kind of file system does not tell of changes that others make")
         }
-        Watch::Auto | Watch::Inotify => match watch::begin(config.recursive) {
-            Ok((watcher, events)) => (Some(watcher), Some(events)),
-            Err(_) => {
+        Watch::Auto | Watch::Inotify => {
+            if let Ok((watcher, events)) = watch::begin(config.recursive) {
+                (Some(watcher), Some(events))
+            } else {
                 exhausted(site);
                 (None, None)
             }
-        },
+        }
     }
 }
 
@@ -340,20 +341,19 @@ async fn tidy_archive(site: &Arc<Site>) {
     match blocking(move || archive::tidy(&archive, max_age)).await {
         Ok(0) => {}
         Ok(n) => {
-            tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age")
+            tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age");
         }
         Err(error) => tracing::warn!(detector = %site.entry.name, %error, "the archive cannot be tidied"),
     }
 }
 
 fn missing(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::NotFound => "the directory does not exist; it is looked for every second".into(),
-        io::ErrorKind::PermissionDenied => {
-            format!("the directory cannot be used; make the service's user its owner ({error})")
-        }
-        _ => format!("the directory cannot be used ({error})"),
+    if error.kind() == io::ErrorKind::NotFound {
+        return "the directory does not exist; it is looked for every second".into();
     }
+    let remedy =
+        if error.kind() == io::ErrorKind::PermissionDenied { "; make the service's user its owner" } else { "" };
+    format!("the directory cannot be used ({error}){remedy}")
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

@@ -106,7 +106,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         std::fs::create_dir(home.path().join("Lobby")).unwrap();
         std::fs::write(home.path().join("Lobby/a.jpg"), b"a").unwrap();
-        assert_eq!(tidy(home.path(), Duration::from_secs(3600)).unwrap(), 0);
+        assert_eq!(tidy(home.path(), Duration::from_hours(1)).unwrap(), 0);
         assert_eq!(tidy(home.path(), Duration::ZERO).unwrap(), 1);
     }
 }

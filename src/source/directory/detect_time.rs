@@ -88,17 +88,17 @@ impl Finder {
 
     fn exif(&self, image: &[u8]) -> Option<Timestamp> {
         let data = exif::Reader::new().read_from_container(&mut Cursor::new(image)).ok()?;
-        let ascii = |tag| match &data.get_field(tag, exif::In::PRIMARY)?.value {
-            exif::Value::Ascii(texts) => texts.first().cloned(),
-            _ => None,
+        let ascii = |tag| {
+            let exif::Value::Ascii(texts) = &data.get_field(tag, exif::In::PRIMARY)?.value else { return None };
+            texts.first().cloned()
         };
         let mut time = exif::DateTime::from_ascii(&ascii(exif::Tag::DateTimeOriginal)?).ok()?;
         // These two add to it; an image without them, or with rubbish in them, still has its seconds.
         if let Some(fraction) = ascii(exif::Tag::SubSecTimeOriginal) {
-            let _ = time.parse_subsec(&fraction);
+            time.parse_subsec(&fraction).ok();
         }
         if let Some(offset) = ascii(exif::Tag::OffsetTimeOriginal).or_else(|| ascii(exif::Tag::OffsetTime)) {
-            let _ = time.parse_offset(&offset);
+            time.parse_offset(&offset).ok();
         }
         let small = |n: u8| i8::try_from(n).ok();
         let local = DateTime::new(
@@ -190,7 +190,9 @@ mod tests {
         let mut fields = vec![field(exif::Tag::DateTimeOriginal, "2026:11:23 03:00:00")];
         fields.extend(offset.map(|text| field(exif::Tag::OffsetTimeOriginal, text)));
         let mut writer = exif::experimental::Writer::new();
-        fields.iter().for_each(|f| writer.push_field(f));
+        for field in &fields {
+            writer.push_field(field);
+        }
         let mut tiff = Cursor::new(Vec::new());
         writer.write(&mut tiff, false).unwrap();
         let mut segment = b"Exif\0\0".to_vec();

@@ -43,7 +43,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// The longest wait between two looks at an unfinished file.
 const LOOK_AGAIN_MAX: Duration = Duration::from_secs(5);
 /// A sub-directory that has been empty for this long may be removed.
-const EMPTY_FOR: Duration = Duration::from_secs(60);
+const EMPTY_FOR: Duration = Duration::from_mins(1);
 /// Endings of files that somebody is still writing.
 const PARTIAL: [&[u8]; 4] = [b".tmp", b".part", b".filepart", b"~"];
 
@@ -78,7 +78,6 @@ pub(super) struct Settled {
 #[derive(Clone)]
 pub(super) struct Held {
     pub claim: Claim,
-    pub key: Key,
     pub detector: Arc<str>,
     look: Look,
     noticed: Instant,
@@ -259,23 +258,10 @@ impl Site {
         if !self.wanted(&key.name) {
             return;
         }
-        let look = match tree::look(dir_fd, &key.name) {
-            Ok(look) => look,
-            // Gone again, or not to be seen: the next scan looks once more.
-            Err(_) => return,
-        };
-        let reason = match look.kind {
-            FileType::RegularFile if look.links != 1 => Some("hard-link"),
-            FileType::RegularFile if look.size > self.max_frame => Some("too-large"),
-            FileType::RegularFile => None,
-            FileType::Symlink => Some("symlink"),
-            FileType::Fifo => Some("fifo"),
-            FileType::Socket => Some("socket"),
-            FileType::Directory => Some("directory"),
-            _ => Some("device"),
-        };
+        // Gone again, or not to be seen: the next scan looks once more.
+        let Ok(look) = tree::look(dir_fd, &key.name) else { return };
         let mut inner = self.inner();
-        if let Some(reason) = reason {
+        if let Some(reason) = self.unfit(&look) {
             return self.refuse(&mut inner, key, &look, reason);
         }
         if inner.refused.get(key) == Some(&(look.ino, look.ctime)) {
@@ -410,17 +396,17 @@ impl Site {
                 let dir = tree::open_below(root.fd.as_fd(), &key.dir)?;
                 tree::look(&dir, &key.name)
             });
-            self.look_at_young_one(&key, looked, now);
+            self.look_at_young_one(&key, looked.as_ref(), now);
         }
         self.inner().young.values().map(|y| y.due).min()
     }
 
-    fn look_at_young_one(self: &Arc<Self>, key: &Key, looked: Option<io::Result<Look>>, now: Instant) {
+    fn look_at_young_one(self: &Arc<Self>, key: &Key, looked: Option<&io::Result<Look>>, now: Instant) {
         let mut inner = self.inner();
         let Some(detector) = self.detector_of(&inner, &key.dir) else { return };
         let Some(mut young) = inner.young.remove(key) else { return };
         let look = match looked {
-            Some(Ok(look)) if look.kind == FileType::RegularFile => look,
+            Some(Ok(look)) if look.kind == FileType::RegularFile => *look,
             None => {
                 young.due = now + RETRY_AFTER;
                 inner.young.insert(key.clone(), young);
@@ -474,7 +460,7 @@ impl Site {
         let mut tally = Tally::default();
         self.adopt(root)?;
         let watched = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally)?;
-        self.reckon(tally);
+        self.reckon(&tally);
         root.tidy()?;
         Ok(watched)
     }
@@ -530,10 +516,9 @@ impl Site {
             if self.stopping.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            let is_dir = match kind {
-                FileType::Unknown => tree::look(&fd, name).is_ok_and(|look| look.kind == FileType::Directory),
-                kind => kind == FileType::Directory,
-            };
+            let unsaid = kind == FileType::Unknown;
+            let is_dir = kind == FileType::Directory
+                || unsaid && tree::look(&fd, name).is_ok_and(|look| look.kind == FileType::Directory);
             if is_dir && self.entry.directory.recursive {
                 if !name.starts_with(b".") && depth < tree::DEPTH_MAX {
                     below.push(tree::join(dir, name).into());
@@ -548,22 +533,9 @@ impl Site {
             watched &= self.visit(root, dir, depth + 1, via, watcher, tally)?;
         }
         if empty && depth > 0 && self.entry.directory.remove_empty_directories {
-            self.remove_if_long_empty(root, dir, &look);
+            remove_if_long_empty(root, dir, &look);
         }
         Ok(watched)
-    }
-
-    fn remove_if_long_empty(&self, root: &Root, dir: &[u8], look: &Look) {
-        let age = Timestamp::now().as_nanosecond() - i128::from(look.mtime);
-        if age < i128::try_from(EMPTY_FOR.as_nanos()).unwrap_or(i128::MAX) {
-            return;
-        }
-        let at = dir.iter().rposition(|b| *b == b'/');
-        let (parent, name) = at.map_or((&b""[..], dir), |at| (&dir[..at], &dir[at + 1..]));
-        if let Ok(parent) = tree::open_below(root.fd.as_fd(), parent) {
-            // Not empty any more, or not ours to remove: it stays.
-            rustix::fs::unlinkat(&parent, std::ffi::OsStr::from_bytes(name), AtFlags::REMOVEDIR).ok();
-        }
     }
 
     /// Claims of dead instances go back in line.
@@ -592,7 +564,7 @@ impl Site {
     }
 
     /// After a whole scan: what waits beyond the window is counted as received, and what somebody took away as dropped.
-    fn reckon(&self, tally: Tally) {
+    fn reckon(&self, tally: &Tally) {
         let mut inner = self.inner();
         let names: HashSet<_> = inner.lines.keys().cloned().collect();
         for name in names {
@@ -631,9 +603,9 @@ impl Site {
             None => self.take_file(&root, &waiting, buffer),
         };
         match result {
-            Ok(Catch::Whole(claim, look)) => self.frame(offered, &waiting, claim, look, buffer, None),
+            Ok(Catch::Whole(claim, look)) => self.frame(offered, &waiting, &claim, look, buffer, None),
             Ok(Catch::Flawed(claim, look, refusal)) => {
-                self.frame(offered, &waiting, claim, look, buffer, Some(refusal))
+                self.frame(offered, &waiting, &claim, look, buffer, Some(refusal))
             }
             Ok(Catch::NotYet(look)) => {
                 self.metrics.counter("partial_waits_total", &[]).increment(1);
@@ -674,7 +646,7 @@ impl Site {
         if let Some(reason) = self.unfit(&look) {
             return Ok(Catch::Refused(look, reason));
         }
-        let read = match self.read(dir.as_fd(), &key.name, &look, buffer) {
+        let read = match read(dir.as_fd(), &key.name, &look, buffer) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 return Ok(Catch::Refused(look, "unreadable"));
@@ -725,7 +697,7 @@ impl Site {
             claim.put_back()?;
             return Ok(Catch::Refused(look, reason));
         }
-        let whole = self.read(place.as_fd(), &name, &look, buffer)?;
+        let whole = read(place.as_fd(), &name, &look, buffer)?;
         match (whole, image::inspect(buffer)) {
             (true, Ok(_)) => Ok(Catch::Whole(claim, look)),
             (true, Err(flaw)) if waiting.claim.is_some() => Ok(Catch::Flawed(claim, look, refusal(&flaw))),
@@ -748,31 +720,17 @@ impl Site {
             FileType::Fifo => Some("fifo"),
             FileType::Socket => Some("socket"),
             FileType::Directory => Some("directory"),
-            _ => Some("device"),
+            FileType::CharacterDevice | FileType::BlockDevice | FileType::Unknown => Some("device"),
         }
-    }
-
-    /// `false`: it changed while it was read.
-    fn read(&self, dir: BorrowedFd<'_>, name: &[u8], look: &Look, buffer: &mut Vec<u8>) -> io::Result<bool> {
-        let file = tree::open_file(dir, name)?;
-        let before = tree::look_at(&file)?;
-        if !before.same_content(look) {
-            return Ok(false);
-        }
-        buffer.reserve(usize::try_from(look.size).unwrap_or(0) + 1);
-        let mut file = std::fs::File::from(file);
-        // One byte more than there should be: a file that grew is noticed without another call.
-        (&mut file).take(look.size + 1).read_to_end(buffer)?;
-        Ok(buffer.len() as u64 == look.size && tree::look_at(&file)?.same_content(look))
     }
 
     fn frame(
         self: &Arc<Self>,
         offered: &mut Offered,
         waiting: &Waiting,
-        claim: Claim,
+        claim: &Claim,
         look: Look,
-        buffer: &mut [u8],
+        buffer: &[u8],
         refusal: Option<Refusal>,
     ) -> Taken {
         let now = Timestamp::now();
@@ -782,7 +740,6 @@ impl Site {
         }
         let held = Held {
             claim: claim.clone(),
-            key: waiting.key.clone(),
             detector: offered.detector.clone(),
             look,
             noticed: waiting.noticed,
@@ -1093,6 +1050,33 @@ impl Site {
             line.ready.ready();
         }
     }
+}
+
+fn remove_if_long_empty(root: &Root, dir: &[u8], look: &Look) {
+    let age = Timestamp::now().as_nanosecond() - i128::from(look.mtime);
+    if age < i128::try_from(EMPTY_FOR.as_nanos()).unwrap_or(i128::MAX) {
+        return;
+    }
+    let at = dir.iter().rposition(|b| *b == b'/');
+    let (parent, name) = at.map_or((&b""[..], dir), |at| (&dir[..at], &dir[at + 1..]));
+    if let Ok(parent) = tree::open_below(root.fd.as_fd(), parent) {
+        // Not empty any more, or not ours to remove: it stays.
+        rustix::fs::unlinkat(&parent, std::ffi::OsStr::from_bytes(name), AtFlags::REMOVEDIR).ok();
+    }
+}
+
+/// `false`: it changed while it was read.
+fn read(dir: BorrowedFd<'_>, name: &[u8], look: &Look, buffer: &mut Vec<u8>) -> io::Result<bool> {
+    let file = tree::open_file(dir, name)?;
+    let before = tree::look_at(&file)?;
+    if !before.same_content(look) {
+        return Ok(false);
+    }
+    buffer.reserve(usize::try_from(look.size).unwrap_or(0) + 1);
+    let mut file = std::fs::File::from(file);
+    // One byte more than there should be: a file that grew is noticed without another call.
+    (&mut file).take(look.size + 1).read_to_end(buffer)?;
+    Ok(buffer.len() as u64 == look.size && tree::look_at(&file)?.same_content(look))
 }
 
 fn put_back(claim: &Claim) {

@@ -144,9 +144,9 @@ pub(super) fn prune(dir: BorrowedFd<'_>, depth: usize) -> io::Result<bool> {
     let mut below = Vec::new();
     each(dir, |name, kind| {
         if kind == FileType::Directory && depth < DEPTH_MAX + 2 {
-            below.push(name.to_vec())
+            below.push(name.to_vec());
         } else {
-            empty = false
+            empty = false;
         }
         Ok(())
     })?;
