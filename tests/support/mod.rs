@@ -4,6 +4,8 @@
 //! control socket where its admin listener is.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses its own part of the harness")]
 
+pub mod engine;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -18,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 // The engine and the pictures come from the library, in this process: a test asks the simulator directly.
-pub use framegate::simulator::{Options, Simulator, faces};
+pub use framegate::simulator::{Action, Options, Reply, Simulator, faces};
 
 /// For what should take moments: long, since two cores may run everything at once.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -132,9 +134,15 @@ impl Site {
         self.dir.path().join("drop").join(index.expect("the site has this detector").to_string())
     }
 
-    /// Every file below the drop directories, claims of a daemon included: empty when all is settled.
+    /// Every file below the drop directories, claims of a daemon included, the locks of living ones not: empty when all
+    /// is settled.
     pub fn files_left(&self) -> Vec<PathBuf> {
-        files_below(&self.dir.path().join("drop"))
+        let mut files = files_below(&self.dir.path().join("drop"));
+        files.retain(|path| {
+            let hidden = path.parent().and_then(Path::file_name).is_some_and(|dir| dir == ".framegate");
+            !(hidden && path.extension().is_some_and(|it| it == "lock"))
+        });
+        files
     }
 
     /// Writes the configuration as it stands; [`Site::start`] does so too.
@@ -168,26 +176,33 @@ impl Site {
     /// Starts the daemon and waits until it is ready.
     #[track_caller]
     pub fn run(&self) -> Daemon<'_> {
-        let mut daemon = self.start();
-        daemon.admin = eventually("the daemon answers on its control socket", PATIENCE, || {
-            daemon.assert_alive();
-            let status = self.command(&["status", "--json"]).stderr(Stdio::null()).output().ok()?;
-            let status: serde_json::Value = serde_json::from_slice(&status.stdout).ok()?;
-            Some(status["admin"].as_str()?.to_owned())
-        });
-        eventually("the daemon is ready", PATIENCE, || {
-            daemon.assert_alive();
-            daemon.get("/readyz").ok().filter(|(status, _)| *status == 200)
-        });
-        daemon
+        self.start().until_ready()
     }
 
     /// Starts the daemon and does not wait: for those that must fail, or cannot become ready.
     pub fn start(&self) -> Daemon<'_> {
+        self.start_as(self.command(&["run"]))
+    }
+
+    /// `framegate run` as a shell starts it: `script` ends in `exec "$@"`, after a limit or with a redirection.
+    pub fn shell(&self, script: &str) -> Command {
+        let run = self.command(&["run"]);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script, "sh"]).arg(run.get_program()).args(run.get_args());
+        for (key, value) in run.get_envs() {
+            match value {
+                Some(value) => shell.env(key, value),
+                None => shell.env_remove(key),
+            };
+        }
+        shell
+    }
+
+    /// [`Site::start`] by a command of the test's own, such as that of [`Site::shell`].
+    pub fn start_as(&self, mut command: Command) -> Daemon<'_> {
         self.write_config();
         let log = OpenOptions::new().create(true).append(true).open(self.log_path()).expect("the log can be opened");
-        let child = self
-            .command(&["run"])
+        let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a descriptor"))
             .stderr(log)
@@ -209,6 +224,22 @@ pub struct Daemon<'a> {
 }
 
 impl Daemon<'_> {
+    /// Waits until it has told where it listens, and is ready.
+    #[track_caller]
+    pub fn until_ready(mut self) -> Self {
+        self.admin = eventually("the daemon answers on its control socket", PATIENCE, || {
+            self.assert_alive();
+            let status = self.site.command(&["status", "--json"]).stderr(Stdio::null()).output().ok()?;
+            let status: serde_json::Value = serde_json::from_slice(&status.stdout).ok()?;
+            Some(status["admin"].as_str()?.to_owned())
+        });
+        eventually("the daemon is ready", PATIENCE, || {
+            self.assert_alive();
+            self.get("/readyz").ok().filter(|(status, _)| *status == 200)
+        });
+        self
+    }
+
     /// SIGKILL, and waits for the end.
     pub fn kill(mut self) {
         self.child.kill().expect("the daemon runs");
