@@ -65,7 +65,7 @@ fn three_thousand_frames_of_three_detectors_arrive_once_each_byte_for_byte_under
             let (name, zone) = cameras[usize::try_from(n).unwrap() % cameras.len()];
             let hash = put_face(&site.drop_dir(name), n);
             let path = site.drop_dir(name).join(format!("{n:07}.jpg"));
-            let detected = SystemTime::now() - Duration::from_secs(3600) + Duration::from_millis(n);
+            let detected = SystemTime::now() - Duration::from_hours(1) + Duration::from_millis(n);
             // It may be gone already; then its time is what it was.
             let modified = fs::File::options().write(true).open(&path).and_then(|file| {
                 file.set_modified(detected)?;
@@ -108,7 +108,7 @@ fn c1_with_three_errors_in_ten_answers_nothing_is_lost_doubled_or_dead_lettered(
     let site = quick_site(&engine).detector("A", "UTC", "").detector("B", "UTC", "");
     let written = feed(&site, &["A", "B"], 0..600);
     let mut daemon = site.run();
-    let samples = daemon.idle(Duration::from_secs(60));
+    let samples = daemon.idle(Duration::from_mins(1));
     assert_eq!(nothing_lost(&[&engine], &written), 0, "came twice");
     assert_eq!(dead_letters(&samples), 0);
     assert!(samples.count("framegate_publish_retries_total", "") > 100);
@@ -229,7 +229,7 @@ fn c8_a_403_for_one_detector_of_three_dead_letters_its_frames_and_lets_the_other
     let mut daemon = site.run();
     let mut next = 2000;
     let mut more = Vec::new();
-    eventually("the other detectors' frames show that it is this one", Duration::from_secs(60), || {
+    eventually("the other detectors' frames show that it is this one", Duration::from_mins(1), || {
         more.push(put_face(&site.drop_dir("A"), next));
         next += 1;
         (daemon.metrics().count("framegate_dead_letters", "") == 20).then_some(())
@@ -260,7 +260,7 @@ fn c8_frames_that_are_always_refused_become_dead_letters_with_all_that_is_known_
     let mut daemon = site.run();
     let mut next = 1000;
     let mut more = Vec::new();
-    eventually("four dead letters", Duration::from_secs(60), || {
+    eventually("four dead letters", Duration::from_mins(1), || {
         more.push(put_face(&site.drop_dir("A"), next));
         next += 1;
         (daemon.metrics().count("framegate_dead_letters", "") == 4).then_some(())
@@ -357,7 +357,7 @@ fn c13_c14_connections_cut_before_and_after_a_frame_was_taken_double_only_what_l
     let site = quick_site(&engine).detector("A", "UTC", "");
     let written = feed(&site, &["A"], 0..400);
     let mut daemon = site.run();
-    let samples = daemon.idle(Duration::from_secs(60));
+    let samples = daemon.idle(Duration::from_mins(1));
     let doubled = nothing_lost(&[&engine], &written);
     let ambiguous = samples.count("framegate_publish_ambiguous_total", "");
     assert!(doubled > 0, "some answers were lost");
@@ -375,7 +375,7 @@ fn c16_answers_that_never_end_are_cut_off_and_the_memory_stays_flat() {
     let site = quick_site(&engine).engine_keys("timeout = \"1s\"\nconnect_timeout = \"1s\"").detector("A", "UTC", "");
     let written = feed(&site, &["A"], 0..20);
     let mut daemon = site.run();
-    daemon.idle(Duration::from_secs(60));
+    daemon.idle(Duration::from_mins(1));
     assert!(nothing_lost(&[&engine], &written) <= 4);
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let peak: u64 =

@@ -66,6 +66,8 @@ pub(super) struct Site {
     /// Told when `outstanding` falls to zero, or a young file is waiting.
     pub changed: Notify,
     pub stopping: AtomicBool,
+    /// Something was missed that a scan will find.
+    pub missed: AtomicBool,
 }
 
 /// What became of a frame that we had claimed.
@@ -178,6 +180,7 @@ impl Site {
             outstanding: AtomicUsize::new(0),
             changed: Notify::new(),
             stopping: AtomicBool::new(false),
+            missed: AtomicBool::new(false),
         });
         if site.template.is_fixed()
             && let Some(name) = site.template.fill(b"")
@@ -583,8 +586,18 @@ impl Site {
         }
     }
 
-    /// Whether the window has drained while more wait beyond it.
+    /// An event or a scan could not be followed: a scan is due soon. What has gone since is no loss.
+    pub(super) fn missed_by(&self, error: &io::Error) {
+        if error.kind() != io::ErrorKind::NotFound {
+            self.missed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether something was missed, or the window has drained while more wait beyond it.
     pub(super) fn wants_scan(&self) -> bool {
+        if self.missed.swap(false, Ordering::Relaxed) {
+            return true;
+        }
         let inner = self.inner();
         inner.window.len() < FRAMES_MAX / 4 && inner.beyond.values().any(|n| *n > 0)
     }
