@@ -138,7 +138,7 @@ fn c2_retry_after_pauses_the_whole_engine_for_as_long_as_it_asked() {
     engine.script([Action::Answer(Reply {
         status: 429,
         headers: vec![("retry-after".into(), "2".into())],
-        body: String::new().into(),
+        body: String::new(),
     })]);
     let site = quick_site(&engine).detector("A", "UTC", "");
     let written = feed(&site, &["A"], 0..20);

@@ -359,12 +359,7 @@ fn e4_password_token_and_image_never_appear_in_logs_at_trace_level_metrics_statu
         let directory = site.drop_dir("Lobby");
         let canaries: Vec<Vec<u8>> = (0..30).map(|n| marked(&image(n), marker)).collect();
         let echo = |image: &[u8]| {
-<<<<<<< HEAD
-            let body =
-                serde_json::json!({ "message": format!("no: {} {token} {PASSWORD}", base64(image)) }).to_string();
-=======
             let body = serde_json::json!({ "message": format!("no: {} {token}", base64(image)) }).to_string();
->>>>>>> t-process
             Action::Answer(Reply { status: 400, headers: Vec::new(), body })
         };
         // Good, refused, cut, failing, a token that is not taken, an answer that says everything back.
