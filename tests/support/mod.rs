@@ -291,7 +291,8 @@ impl Daemon<'_> {
             self.assert_alive();
             let samples = self.metrics();
             let settled = samples.count("framegate_frames_pending", "") == 0 && self.site.files_left().is_empty();
-            settled.then_some(samples)
+            // Once more: a scrape shows its counters as they were a moment before its gauges.
+            settled.then(|| self.metrics())
         });
         samples.equation_holds().expect("the equation of the design");
         samples
