@@ -408,13 +408,14 @@ impl Site {
         let mut inner = self.inner();
         let Some(detector) = self.detector_of(&inner, &key.dir) else { return };
         let Some(mut young) = inner.young.remove(key) else { return };
+        let later = |inner: &mut Inner, young: Young| {
+            inner.young.insert(key.clone(), Young { due: now + RETRY_AFTER, ..young });
+        };
         let look = match looked {
             Some(Ok(look)) if look.kind == FileType::RegularFile => *look,
-            None => {
-                young.due = now + RETRY_AFTER;
-                inner.young.insert(key.clone(), young);
-                return;
-            }
+            // Nobody can tell whether it is there: the directory is away, no descriptors are left, the disk fails.
+            None => return later(&mut inner, young),
+            Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return later(&mut inner, young),
             Some(_) => {
                 if young.counted
                     && let Some(line) = inner.lines.get(&detector)
@@ -552,7 +553,7 @@ impl Site {
             let now = Instant::now();
             let waiting = Waiting {
                 // A key of its own: the place that it came from may have another file by now.
-                key: Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() },
+                key: key_of(&claim),
                 size: look.size,
                 mtime: look.mtime,
                 noticed: now,
@@ -634,6 +635,18 @@ impl Site {
                 self.vanished(offered, &waiting);
                 Taken::Gone
             }
+            Ok(Catch::Stuck(claim, error)) => {
+                self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
+                self.hold(&trouble(&error));
+                let mut inner = self.inner();
+                if inner.window.forget(&waiting.key) {
+                    self.look_again(&mut inner, &waiting.key);
+                }
+                drop(inner);
+                // Back in line when `offered` is dropped.
+                offered.waiting = Some(Waiting { key: key_of(&claim), claim: Some(claim), ..waiting });
+                Taken::Gone
+            }
             Err(error) => {
                 self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
                 self.hold(&trouble(&error));
@@ -682,9 +695,23 @@ impl Site {
             return Ok(Catch::NotYet(look));
         }
         let Some(claim) = root.claim(dir.as_fd(), &key.dir, &key.name)? else { return Ok(Catch::Vanished) };
+        // From here on it is not at its place any more: trouble must not lose the claim.
+        let caught = self.catch(claim.clone(), &look, flaw, waiting, buffer);
+        Ok(caught.unwrap_or_else(|error| Catch::Stuck(claim, error)))
+    }
+
+    /// What was read has just been claimed: is it still the same?
+    fn catch(
+        &self,
+        claim: Claim,
+        read: &Look,
+        flaw: Option<Flaw>,
+        waiting: &Waiting,
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<Catch> {
         let (place, name) = claim.place(false)?;
         let claimed = tree::look(&place, &name)?;
-        if claimed.same_content(&look) {
+        if claimed.same_content(read) {
             return Ok(match flaw {
                 None => Catch::Whole(claim, claimed),
                 Some(flaw) => Catch::Flawed(claim, claimed, refusal(&flaw)),
@@ -916,7 +943,7 @@ impl Site {
         let mut inner = self.inner();
         let now = Instant::now();
         let waiting = Waiting {
-            key: Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() },
+            key: key_of(&claim),
             size: look.size,
             mtime: look.mtime,
             noticed: now,
@@ -942,7 +969,7 @@ impl Site {
         }
         let mut inner = self.inner();
         let waiting = Waiting {
-            key: Key { dir: held.claim.dir.clone(), name: format!("/{}", held.claim.id).as_bytes().into() },
+            key: key_of(&held.claim),
             size: held.look.size,
             mtime: held.look.mtime,
             noticed: held.noticed,
@@ -1009,6 +1036,8 @@ enum Catch {
     NotYet(Look),
     Vanished,
     Refused(Look, &'static str),
+    /// Claimed, and then something went wrong.
+    Stuck(Claim, io::Error),
 }
 
 const NOTHING: Look = Look { dev: 0, ino: 0, size: 0, mtime: 0, ctime: 0, links: 0, kind: FileType::Unknown, owner: 0 };
@@ -1090,6 +1119,11 @@ fn read(dir: BorrowedFd<'_>, name: &[u8], look: &Look, buffer: &mut Vec<u8>) -> 
     // One byte more than there should be: a file that grew is noticed without another call.
     (&mut file).take(look.size + 1).read_to_end(buffer)?;
     Ok(buffer.len() as u64 == look.size && tree::look_at(&file)?.same_content(look))
+}
+
+/// A claim's own key in line: no file can be called that.
+fn key_of(claim: &Claim) -> Key {
+    Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() }
 }
 
 fn put_back(claim: &Claim) {
