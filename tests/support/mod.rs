@@ -20,6 +20,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 // The engine and the pictures come from the library, in this process: a test asks the simulator directly.
+#[expect(clippy::allow_attributes, reason = "not every test binary scripts answers")]
+#[allow(unused_imports)]
 pub use framegate::simulator::{Action, Options, Reply, Simulator, faces};
 
 /// For what should take moments: long, since two cores may run everything at once.
