@@ -2,7 +2,13 @@
 //!
 //! Nothing in here sleeps but [`eventually`], which waits for a condition. Every port is 0. The daemon says over its
 //! control socket where its admin listener is.
-#![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses its own part of the harness")]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    unused_imports,
+    reason = "each test binary uses its own part of the harness"
+)]
 
 pub mod engine;
 
@@ -20,8 +26,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 // The engine and the pictures come from the library, in this process: a test asks the simulator directly.
-#[expect(clippy::allow_attributes, reason = "not every test binary scripts answers")]
-#[allow(unused_imports)]
 pub use framegate::simulator::{Action, Options, Reply, Simulator, faces};
 
 /// For what should take moments: long, since two cores may run everything at once.
