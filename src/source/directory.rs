@@ -174,7 +174,7 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                 if site.wants_scan() {
                     scan_due = Instant::now();
                 }
-                if site.health.held().is_some() {
+                if site.health.held().is_some() || site.put_back.swap(false, Ordering::Relaxed) {
                     site.nudge();
                 }
                 if tidied.is_none_or(|at| at.elapsed() >= ARCHIVE_EVERY) {
@@ -237,8 +237,8 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
     let work = move || {
         let mut stuck = Vec::new();
         let mut why = None;
-        for settled in batch {
-            if let Err(error) = at.settle(&settled) {
+        for mut settled in batch {
+            if let Err(error) = at.settle(&mut settled) {
                 at.metrics.counter("settle_errors_total", &[("operation", "remove")]).increment(1);
                 why = Some(error);
                 stuck.push(settled);

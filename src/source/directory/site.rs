@@ -66,6 +66,8 @@ pub(super) struct Site {
     /// Told when `outstanding` falls to zero, or a young file is waiting.
     pub changed: Notify,
     pub stopping: AtomicBool,
+    /// A frame went back in line without its line being said to be ready: at once would be a busy loop.
+    pub put_back: AtomicBool,
     /// Something was missed that a scan will find.
     pub missed: AtomicBool,
 }
@@ -74,6 +76,8 @@ pub(super) struct Site {
 pub(super) struct Settled {
     pub held: Held,
     pub disposition: Disposition,
+    /// Not pending any more, although the file may still be there.
+    counted: bool,
 }
 
 /// A claimed frame in the pipeline's hands.
@@ -180,6 +184,7 @@ impl Site {
             outstanding: AtomicUsize::new(0),
             changed: Notify::new(),
             stopping: AtomicBool::new(false),
+            put_back: AtomicBool::new(false),
             missed: AtomicBool::new(false),
         });
         if site.template.is_fixed()
@@ -339,29 +344,33 @@ impl Site {
         tally: &mut Tally,
     ) {
         self.register(inner, detector);
+        let key = waiting.key.clone();
         let added = inner.window.add(detector, waiting, fresh, scan);
         let line = &inner.lines[detector];
-        match added {
+        match &added {
             Added::Known => return,
-            Added::NoRoom => *tally.no_room.entry(detector.clone()).or_default() += 1,
-            Added::InLine | Added::InsteadOf => {
-                if added == Added::InsteadOf {
-                    *tally.no_room.entry(detector.clone()).or_default() += 1;
-                }
-                line.ready.ready();
-            }
+            Added::NoRoom => {}
+            Added::InLine | Added::InsteadOf(_) => line.ready.ready(),
         }
-        if counted {
+        if scan == 0 && !counted {
+            line.received(1);
+        }
+        // Who is counted, but beyond the window now: itself, or the one whose place it took.
+        let beyond = match added {
+            Added::Known | Added::InLine => None,
+            Added::NoRoom => Some(detector.clone()),
+            Added::InsteadOf(whose) => Some(whose),
+        };
+        if scan == 0 {
+            if let Some(beyond) = beyond {
+                *inner.beyond.entry(beyond).or_default() += 1;
+            }
             return;
         }
-        if scan == 0 {
-            line.received(1);
-            if added != Added::InLine {
-                // Counted, but beyond the window now: itself, or the one that it took the place of.
-                tally.no_room.entry(detector.clone()).and_modify(|n| *n -= 1);
-                *inner.beyond.entry(detector.clone()).or_default() += 1;
-            }
-        } else if added != Added::NoRoom {
+        if let Some(beyond) = beyond {
+            *tally.no_room.entry(beyond).or_default() += 1;
+        }
+        if inner.window.knows(&key) {
             *tally.added.entry(detector.clone()).or_default() += 1;
         }
     }
@@ -463,10 +472,11 @@ impl Site {
         self.metrics.counter("rescans_total", &[]).increment(1);
         let mut tally = Tally::default();
         self.adopt(root)?;
-        let watched = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally)?;
-        self.reckon(&tally);
+        let visited = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally);
+        let whole = visited.is_ok() && !self.stopping.load(Ordering::Relaxed);
+        self.reckon(&tally, whole);
         root.tidy()?;
-        Ok(watched)
+        visited
     }
 
     /// Looks at one new sub-directory and what is below it.
@@ -546,7 +556,8 @@ impl Site {
     fn adopt(self: &Arc<Self>, root: &Arc<Root>) -> io::Result<()> {
         let mut tally = Tally::default();
         for claim in root.adopt()? {
-            let look = claim.place(false).and_then(|(place, name)| tree::look(&place, &name))?;
+            // One that cannot be looked at now stands in line all the same: it is adopted only once.
+            let look = claim.place(false).and_then(|(place, name)| tree::look(&place, &name)).unwrap_or(NOTHING);
             let mut inner = self.inner();
             let detector = self.detector_of(&inner, &claim.dir).unwrap_or_else(|| self.entry.name.as_str().into());
             self.register(&mut inner, &detector);
@@ -567,14 +578,18 @@ impl Site {
         Ok(())
     }
 
-    /// After a whole scan: what waits beyond the window is counted as received, and what somebody took away as dropped.
-    fn reckon(&self, tally: &Tally) {
+    /// After a scan: what waits beyond the window is counted as received, and, if it saw everything, what somebody took
+    /// away as dropped.
+    fn reckon(&self, tally: &Tally, whole: bool) {
         let mut inner = self.inner();
         let names: HashSet<_> = inner.lines.keys().cloned().collect();
         for name in names {
             let added = tally.added.get(&name).copied().unwrap_or(0);
+            let before = inner.beyond.get(&name).copied().unwrap_or(0);
             let beyond = tally.no_room.get(&name).copied().unwrap_or(0);
-            let before = inner.beyond.insert(name.clone(), beyond).unwrap_or(0);
+            // Half a scan knows of those that it saw only: some of what it added was beyond the window before.
+            let beyond = if whole { beyond } else { beyond.max(before - added) };
+            inner.beyond.insert(name.clone(), beyond);
             let line = &inner.lines[&name];
             match added + beyond - before {
                 0 => {}
@@ -818,7 +833,7 @@ impl Site {
 
     /// Hands a disposition to whoever settles; while nobody does any more, the claim stays for the next start.
     fn tell(&self, held: Held, disposition: Disposition) {
-        if self.settle.send(Settled { held, disposition }).is_err() {
+        if self.settle.send(Settled { held, disposition, counted: false }).is_err() {
             self.done();
         }
     }
@@ -897,7 +912,11 @@ impl Site {
     // ---- settling ----
 
     /// Carries out one disposition. An error: try again later.
-    pub(super) fn settle(self: &Arc<Self>, settled: &Settled) -> io::Result<()> {
+    pub(super) fn settle(self: &Arc<Self>, settled: &mut Settled) -> io::Result<()> {
+        if !settled.counted {
+            self.count(settled);
+            settled.counted = true;
+        }
         let held = &settled.held;
         match settled.disposition {
             Disposition::Accepted => {
@@ -910,22 +929,24 @@ impl Site {
                     }
                     Some(_) | None => held.claim.remove()?,
                 }
-                self.settled(held);
             }
-            Disposition::Rejected => {
-                held.claim.remove()?;
-                self.settled(held);
-            }
-            Disposition::Dropped => {
-                held.claim.remove()?;
-                let inner = self.inner();
-                if let Some(line) = inner.lines.get(&held.detector) {
-                    line.dropped("max-age");
-                }
-            }
+            Disposition::Rejected | Disposition::Dropped => held.claim.remove()?,
             Disposition::Released => self.release(held),
         }
         Ok(())
+    }
+
+    /// The pipeline has counted what it published and dead-lettered; here it stops being pending for this source.
+    fn count(&self, settled: &Settled) {
+        let inner = self.inner();
+        let Some(line) = inner.lines.get(&settled.held.detector) else { return };
+        match settled.disposition {
+            Disposition::Accepted | Disposition::Rejected => {
+                line.pending.fetch_sub(1, Ordering::Relaxed);
+            }
+            Disposition::Dropped => line.dropped("max-age"),
+            Disposition::Released => {}
+        }
     }
 
     /// A writer that still held the file has changed it since it was read: that is another frame.
@@ -939,7 +960,6 @@ impl Site {
             return Ok(false);
         }
         let claim = held.claim.renew()?;
-        self.settled(held);
         let mut inner = self.inner();
         let now = Instant::now();
         let waiting = Waiting {
@@ -954,12 +974,6 @@ impl Site {
         };
         self.add(&mut inner, &held.detector, waiting, true, 0, false, &mut Tally::default());
         Ok(true)
-    }
-
-    fn settled(&self, held: &Held) {
-        if let Some(line) = self.inner().lines.get(&held.detector) {
-            line.pending.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 
     fn release(self: &Arc<Self>, held: &Held) {
@@ -1077,10 +1091,9 @@ impl Drop for Offered {
         if let Some(waiting) = self.waiting.take() {
             let mut inner = self.site.inner();
             inner.window.put_back(&self.detector, waiting);
-            // Whoever looks after the directory makes the line ready again: at once would be a busy loop.
             drop(inner);
+            self.site.put_back.store(true, Ordering::Relaxed);
             self.site.done();
-            self.site.changed.notify_one();
         }
     }
 }

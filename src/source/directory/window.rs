@@ -49,12 +49,12 @@ pub(super) struct Waiting {
 }
 
 /// What adding a file did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Added {
     /// It stands in line.
     InLine,
-    /// It stands in line, and another that had been counted went out of the window for it.
-    InsteadOf,
+    /// It stands in line, and a counted one of this detector's went out of the window for it.
+    InsteadOf(Arc<str>),
     /// It was known.
     Known,
     /// The window is full of better ones.
@@ -110,7 +110,8 @@ impl Window {
         if self.waiting >= self.max {
             match self.make_room(detector, waiting.mtime, fresh) {
                 // One that this scan has passed is counted with those beyond the window; the others it will still meet.
-                Some(state) => added = if scan == 0 || state.scan == scan { Added::InsteadOf } else { Added::InLine },
+                Some((whose, state)) if scan == 0 || state.scan == scan => added = Added::InsteadOf(whose),
+                Some(_) => {}
                 None => return Added::NoRoom,
             }
         }
@@ -174,12 +175,12 @@ impl Window {
     }
 
     /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`.
-    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<State> {
+    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<(Arc<str>, State)> {
         let newest_first = self.order == Order::FreshestFirst;
         // A detector with little gets room at the cost of the one with most.
         let longest = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
-        let own = **longest.0 == *detector;
-        let line = longest.1;
+        let (whose, line) = (longest.0.clone(), longest.1);
+        let own = *whose == *detector;
         let edge = if newest_first { line.backlog.first_key_value() } else { line.backlog.last_key_value() };
         let (worst, from_backlog) = match edge {
             Some((key, _)) => (key.0, true),
@@ -197,7 +198,7 @@ impl Window {
             (false, false) => line.fresh.pop_back()?,
         };
         self.waiting -= 1;
-        self.known.remove(&gone.key)
+        self.known.remove(&gone.key).map(|state| (whose, state))
     }
 }
 
@@ -294,9 +295,9 @@ mod tests {
         }
         assert_eq!(window.add(&cam, file(3, now), false, 1), Added::Known);
         assert_eq!(window.add(&cam, file(0, now), false, 1), Added::NoRoom);
-        assert_eq!(window.add(&cam, file(4, now), false, 1), Added::InsteadOf, "1 was passed by this scan");
+        assert_eq!(window.add(&cam, file(4, now), false, 1), Added::InsteadOf(cam.clone()), "1 was passed by this scan");
         assert_eq!(window.add(&cam, file(5, now), false, 2), Added::InLine, "2 will be met by this scan again");
-        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), Added::InsteadOf, "others get room");
+        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), Added::InsteadOf(cam.clone()), "others get room");
         assert_eq!(window.len(), 3);
         assert_eq!(order(&mut window, now), [5, 4]);
     }
