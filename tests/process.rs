@@ -443,8 +443,7 @@ fn d9_closed_full_or_broken_outputs_do_not_stop_the_daemon() {
 #[test]
 fn a28_forty_file_descriptors_are_enough_to_publish_everything() {
     let engine = Engine::with(|options| options.faults.latency = Duration::from_millis(50));
-    // As many connections as it likes: more than it can have.
-    let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "").detector("Door", "UTC", "");
+    let site = site(&engine).detector("Lobby", "UTC", "").detector("Door", "UTC", "");
     let mut daemon = site.start_as(site.shell(r#"ulimit -n 40; exec "$@""#)).until_ready();
     let directories = [site.drop_dir("Lobby"), site.drop_dir("Door")];
     let written: Vec<Hash> = (0..300).map(|n| put_face(&directories[usize::from(n % 2 == 0)], n)).collect();

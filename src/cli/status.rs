@@ -1,6 +1,5 @@
 //! `framegate status`: asks the running daemon over its control socket and prints the answer for people or as JSON.
 
-use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
