@@ -93,7 +93,9 @@ fn publish_sends_files_and_directories_keeps_them_and_tells_what_failed_and_why(
     let failed = output(&site, &["publish", "--detector", "By hand", "--time-zone", "Asia/Tokyo", directory]);
     assert_eq!(failed.status.code(), Some(1), "{}", all_of(&failed));
     let text = text_of(&failed.stdout);
-    for part in ["20 of 22 published", "half.jpg: truncated", "words.png: unsupported", "1 × truncated", "1 × unsupported"] {
+    for part in
+        ["20 of 22 published", "half.jpg: truncated", "words.png: unsupported", "1 × truncated", "1 × unsupported"]
+    {
         assert!(text.contains(part), "{part}: {text}");
     }
     let last = engine.accepted().pop().unwrap();
@@ -136,7 +138,8 @@ fn dead_letters_are_listed_shown_retried_and_purged_with_a_running_daemon() {
     assert!(text.contains(&id) && text.contains("rejected") && text.contains("400"), "{text}");
     assert!(said(&site, &["dead-letter", "list", "--reason", "truncated"]).contains("No dead letters that fit"));
     let shown: Value = serde_json::from_str(&said(&site, &["dead-letter", "show", &id])).unwrap();
-    let keys = "id detector time_zone detect_time_utc reason status message source original_name attempts received_at died_at";
+    let keys =
+        "id detector time_zone detect_time_utc reason status message source original_name attempts received_at died_at";
     for key in keys.split(' ') {
         assert!(shown.get(key).is_some(), "{key}: {shown}");
     }
@@ -152,7 +155,9 @@ fn dead_letters_are_listed_shown_retried_and_purged_with_a_running_daemon() {
     assert!(said(&site, &["dead-letter", "retry", &id]).starts_with("1 in line"));
     engine.until_accepted(before + 1);
     assert_eq!(engine.accepted().pop().unwrap().sha256, hash(&image(0)));
-    eventually("it is gone", PATIENCE, || (said(&site, &["dead-letter", "list"]) == "No dead letters.\n").then_some(()));
+    eventually("it is gone", PATIENCE, || {
+        (said(&site, &["dead-letter", "list"]) == "No dead letters.\n").then_some(())
+    });
     daemon.idle(PATIENCE);
     engine.contract_held();
 }
