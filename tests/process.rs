@@ -33,7 +33,7 @@ fn d1_kill_9_under_load_two_hundred_times_loses_nothing_and_doubles_only_what_wa
     const KILLS: u64 = 200;
     let engine = slow_engine();
     let site = site(&engine).detector("Lobby", "UTC", "");
-    let camera = Camera::start(&[engine.clone()], vec![site.drop_dir("Lobby")], AHEAD);
+    let camera = Camera::start(std::slice::from_ref(&engine), vec![site.drop_dir("Lobby")], AHEAD);
     let mut chance = fastrand::Rng::with_seed(9);
     for _ in 0..KILLS {
         let seen = engine.counts().accepted;
@@ -59,7 +59,7 @@ fn d4_sigterm_under_load_ends_in_time_gives_everything_back_and_doubles_nothing(
         .engine_keys("timeout = \"4s\"")
         .section("[shutdown]\ndeadline = \"5s\"")
         .detector("Lobby", "UTC", "");
-    let camera = Camera::start(&[engine.clone()], vec![site.drop_dir("Lobby")], AHEAD);
+    let camera = Camera::start(std::slice::from_ref(&engine), vec![site.drop_dir("Lobby")], AHEAD);
     for _ in 0..10 {
         let seen = engine.counts().accepted;
         let daemon = site.start();
@@ -133,7 +133,7 @@ fn a_reload_under_load_adds_and_removes_detectors_and_nothing_is_lost_doubled_or
     let only_one = both.split_once("[[detectors]]\nname = \"Comes and goes\"").expect("the second entry").0.to_owned();
     let directories = vec![site.drop_dir("Stays"), site.drop_dir("Comes and goes")];
     // The camera goes on filling the directory that nobody looks at for a while: it needs more room.
-    let camera = Camera::start(&[engine.clone()], directories, 400);
+    let camera = Camera::start(std::slice::from_ref(&engine), directories, 400);
     let from = engine.counts().accepted;
     for round in 0..8 {
         fs::write(site.config(), &only_one).unwrap();
@@ -519,6 +519,13 @@ fn promtool_finds_nothing_wrong_and_every_metric_of_the_design_is_there() {
     for n in 1..40 {
         put_face(&directory, n);
     }
+    // It is the frame's own fault only when others are accepted after each of its refusals.
+    let mut next = 40;
+    eventually("the refused frame is a dead letter", PATIENCE, || {
+        put_face(&directory, next);
+        next += 1;
+        (daemon.metrics().count("framegate_dead_letters", "") == 1).then_some(())
+    });
     daemon.idle(PATIENCE);
     let (_, text) = daemon.get("/metrics").unwrap();
     for name in [

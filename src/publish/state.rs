@@ -23,8 +23,9 @@ use crate::settle::{Reason, Refusal};
 const FORBIDDEN_FRAMES: usize = 3;
 /// So many different frames answered 400 and the like, with none accepted: it is the request, not the frames.
 const REJECTED_FRAMES: usize = 8;
-/// So many different frames answered with a server's error, with none accepted: an outage.
-const FAILED_FRAMES: usize = 5;
+/// So many different frames answered with a server's error, with none accepted in between: an outage. A server that
+/// fails three requests in ten at random does so once in fifteen thousand.
+const FAILED_FRAMES: usize = 8;
 /// So many answers lost in a row, with none accepted: the engine is away.
 const LOST_ANSWERS: u32 = 3;
 /// Refusals of one frame, each followed by an acceptance of another, until it is a dead letter.
@@ -799,9 +800,11 @@ impl Line {
             }
             self.concurrency.accepted(latency, in_flight, now);
         }
-        for streak in [&mut self.forbidden, &mut self.rejected, &mut self.failed] {
+        for streak in [&mut self.forbidden, &mut self.rejected] {
             streak.accepted(number);
         }
+        // Errors at random have acceptances between them, whichever attempt began first; an outage has none.
+        self.failed.cases.clear();
         self.confirm_suspects();
     }
 
@@ -855,7 +858,7 @@ impl Line {
     }
 
     fn server_error(&mut self, id: CaseId, status: u16, message: &str, speaks: bool, now: Instant) {
-        self.concurrency.overloaded(now);
+        // 500 is no word about load: fewer attempts at once would not help.
         self.say(id, status, message);
         let (number, accepted, attempts) = (self.number, self.accepted, self.settings.attempts.max(1));
         let Some(case) = self.cases.get_mut(&id) else { return };
