@@ -26,6 +26,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 // The engine and the pictures come from the library, in this process: a test asks the simulator directly.
+#[allow(unused_imports, reason = "each test binary uses its own part of the harness")]
 pub use framegate::simulator::{Action, Options, Reply, Simulator, faces};
 
 /// For what should take moments: long, since two cores may run everything at once.
