@@ -295,9 +295,17 @@ mod tests {
         }
         assert_eq!(window.add(&cam, file(3, now), false, 1), Added::Known);
         assert_eq!(window.add(&cam, file(0, now), false, 1), Added::NoRoom);
-        assert_eq!(window.add(&cam, file(4, now), false, 1), Added::InsteadOf(cam.clone()), "1 was passed by this scan");
+        assert_eq!(
+            window.add(&cam, file(4, now), false, 1),
+            Added::InsteadOf(cam.clone()),
+            "1 was passed by this scan"
+        );
         assert_eq!(window.add(&cam, file(5, now), false, 2), Added::InLine, "2 will be met by this scan again");
-        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), Added::InsteadOf(cam.clone()), "others get room");
+        assert_eq!(
+            window.add(&Arc::from("other"), file(-9, now), true, 0),
+            Added::InsteadOf(cam.clone()),
+            "others get room"
+        );
         assert_eq!(window.len(), 3);
         assert_eq!(order(&mut window, now), [5, 4]);
     }
