@@ -55,7 +55,10 @@ fn d1_kill_9_under_load_two_hundred_times_loses_nothing_and_doubles_only_what_wa
 #[test]
 fn d4_sigterm_under_load_ends_in_time_gives_everything_back_and_doubles_nothing() {
     let engine = slow_engine();
-    let site = site(&engine).engine_keys("timeout = \"4s\"").section("[shutdown]\ndeadline = \"5s\"").detector("Lobby", "UTC", "");
+    let site = site(&engine)
+        .engine_keys("timeout = \"4s\"")
+        .section("[shutdown]\ndeadline = \"5s\"")
+        .detector("Lobby", "UTC", "");
     let camera = Camera::start(&[engine.clone()], vec![site.drop_dir("Lobby")], AHEAD);
     for _ in 0..10 {
         let seen = engine.counts().accepted;
@@ -237,9 +240,11 @@ fn reload_without_a_daemon_says_so_and_fails() {
 
 #[test]
 fn a_bad_configuration_ends_the_start_with_78_and_every_problem() {
-    let site = Site::new("http://127.0.0.1:9")
-        .section("[publish]\nattempts = 0\nmax_in_fligt = 3")
-        .detector("Lobby", "Europe/Berlni", "");
+    let site = Site::new("http://127.0.0.1:9").section("[publish]\nattempts = 0\nmax_in_fligt = 3").detector(
+        "Lobby",
+        "Europe/Berlni",
+        "",
+    );
     assert_eq!(site.start().wait().code(), Some(78));
     let log = site.log();
     for said in ["max_in_fligt", "max_in_flight", "Europe/Berlin"] {
@@ -265,7 +270,9 @@ fn an_engine_that_is_away_at_the_start_is_said_everywhere_and_fails_nothing() {
     let site = site(&engine).detector("Lobby", "UTC", "");
     let mut daemon = site.run();
     let written = vec![put_face(&site.drop_dir("Lobby"), 1)];
-    eventually("the status says so", PATIENCE, || said(&site, &["status"]).contains("engine: unreachable").then_some(()));
+    eventually("the status says so", PATIENCE, || {
+        said(&site, &["status"]).contains("engine: unreachable").then_some(())
+    });
     for path in ["/healthz", "/readyz"] {
         let (code, body) = daemon.get(path).unwrap();
         assert_eq!(code, 200, "{body}");
@@ -316,7 +323,9 @@ fn d6_d8_a_suspended_daemon_pings_no_watchdog_and_goes_on_afterwards_without_a_s
     manager.forget();
     written.extend((60..120).map(|n| put_face(&directory, n)));
     let (since, asked) = (Instant::now(), engine.counts().publish + MAX_IN_FLIGHT);
-    eventually("three watchdog pings would be due", PATIENCE, || (since.elapsed() > Duration::from_secs(3)).then_some(()));
+    eventually("three watchdog pings would be due", PATIENCE, || {
+        (since.elapsed() > Duration::from_secs(3)).then_some(())
+    });
     assert_eq!(manager.heard(), None, "nobody pings");
     assert!(engine.counts().publish <= asked);
 
@@ -350,7 +359,8 @@ fn e4_password_token_and_image_never_appear_in_logs_at_trace_level_metrics_statu
         let directory = site.drop_dir("Lobby");
         let canaries: Vec<Vec<u8>> = (0..30).map(|n| marked(&image(n), marker)).collect();
         let echo = |image: &[u8]| {
-            let body = serde_json::json!({ "message": format!("no: {} {token} {PASSWORD}", base64(image)) }).to_string();
+            let body =
+                serde_json::json!({ "message": format!("no: {} {token} {PASSWORD}", base64(image)) }).to_string();
             Action::Answer(Reply { status: 400, headers: Vec::new(), body })
         };
         // Good, refused, cut, failing, a token that is not taken, an answer that says everything back.
@@ -386,13 +396,18 @@ fn e4_password_token_and_image_never_appear_in_logs_at_trace_level_metrics_statu
         shown.push(("status while the login is refused".into(), said(&site, &["status"])));
         daemon.kill();
 
-        let records: Vec<PathBuf> =
-            files_below(&site.dead_letters()).into_iter().filter(|it| it.extension().is_some_and(|it| it == "json")).collect();
+        let records: Vec<PathBuf> = files_below(&site.dead_letters())
+            .into_iter()
+            .filter(|it| it.extension().is_some_and(|it| it == "json"))
+            .collect();
         assert!(records.len() >= 3, "{records:?}");
         shown.extend(records.iter().map(|it| (it.display().to_string(), fs::read_to_string(it).unwrap())));
         shown.push(("dead-letter list".into(), said(&site, &["dead-letter", "list", "--json"])));
         shown.push(("the log".into(), site.log()));
-        assert!(site.log().to_lowercase().contains("trace") || site.log().to_lowercase().contains("debug"), "it is verbose");
+        assert!(
+            site.log().to_lowercase().contains("trace") || site.log().to_lowercase().contains("debug"),
+            "it is verbose"
+        );
         // Every token begins with the same header; its parts are looked for one by one.
         let header = token.split('.').next().expect("a header");
         assert!(header.len() > 10, "{token}");
@@ -464,7 +479,8 @@ fn a28_without_any_file_descriptor_nothing_is_lost_and_it_recovers() {
         .expect("descriptors");
     // The daemon's are ours.
     let plenty = rustix::process::getrlimit(Resource::Nofile);
-    prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), maximum: plenty.maximum }).expect("a limit can be lowered");
+    prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), maximum: plenty.maximum })
+        .expect("a limit can be lowered");
     assert!(highest > 3);
     // Connections end, so that none is left to publish on.
     engine.cut_connections();
@@ -533,7 +549,9 @@ fn promtool_finds_nothing_wrong_and_every_metric_of_the_design_is_there() {
         "build_info",
     ] {
         let there = |line: &str| {
-            line.strip_prefix("framegate_").and_then(|it| it.strip_prefix(name)).is_some_and(|it| it.starts_with(['{', ' ']))
+            line.strip_prefix("framegate_")
+                .and_then(|it| it.strip_prefix(name))
+                .is_some_and(|it| it.starts_with(['{', ' ']))
         };
         assert!(text.lines().any(there), "framegate_{name} is missing:\n{text}");
     }
@@ -545,7 +563,8 @@ fn promtool_finds_nothing_wrong_and_every_metric_of_the_design_is_there() {
     assert_eq!(samples.count("framegate_frames_dead_lettered_total", "reason=\"rejected\""), 1);
     assert_eq!(samples.count("framegate_frames_published_total", ""), 39);
 
-    let promtool = Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let promtool =
+        Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let Ok(mut promtool) = promtool else {
         skipped("promtool is not installed: the metrics were not checked by it");
         return;
