@@ -589,7 +589,7 @@ fn a26_what_is_no_whole_image_is_a_dead_letter_with_the_reason_and_every_good_fo
     );
     let jpeg = image(1);
     let half = jpeg.len() / 2;
-    let flawed: [(&str, Vec<u8>, &str); 9] = [
+    let flawed: [(&str, Vec<u8>, &str); 8] = [
         ("text.jpg", b"this is no picture\r\n".repeat(20), "unsupported"),
         ("page.png", b"<!doctype html><title>Not found</title>".to_vec(), "unsupported"),
         ("sound.webp", [b"RIFF\x10\0\0\0WAVE".as_slice(), &[0; 64]].concat(), "unsupported"),
@@ -598,7 +598,6 @@ fn a26_what_is_no_whole_image_is_a_dead_letter_with_the_reason_and_every_good_fo
         ("hole.jpg", [&jpeg[..half], &vec![0; half][..]].concat(), "truncated"),
         ("zero.jpg", Vec::new(), "truncated"),
         ("one.jpg", vec![0xff], "truncated"),
-        ("large.jpg", [&jpeg[..], &vec![0; 100 << 10][..]].concat(), "too-large"),
     ];
     let good: [(&str, Vec<u8>); 7] = [
         ("good.jpg", jpeg.clone()),
@@ -623,15 +622,21 @@ fn a26_what_is_no_whole_image_is_a_dead_letter_with_the_reason_and_every_good_fo
         assert_eq!(letter["reason"], *reason, "{letter}");
         assert_eq!(letter["status"], Value::Null, "{letter}");
         assert!(!letter["message"].as_str().expect("a message").is_empty(), "{letter}");
-        if *reason != "too-large" {
-            assert_eq!(&image_of(&site, letter), bytes, "{letter}");
-        }
+        assert_eq!(&image_of(&site, letter), bytes, "{letter}");
     }
     assert_eq!(letters.len(), flawed.len());
     assert_eq!(samples.count("framegate_frames_dead_lettered_total", "reason=\"truncated\""), 5);
     assert_eq!(samples.count("framegate_frames_dead_lettered_total", "reason=\"unsupported\""), 3);
-    assert_eq!(samples.count("framegate_frames_dead_lettered_total", "reason=\"too-large\""), 1);
     assert_eq!(engine.counts().publish, good.len() as u64, "the engine was not bothered with the others");
+
+    // What is too large is never accepted: it stays where it is.
+    let large = [&jpeg[..], &vec![0; 100 << 10][..]].concat();
+    put(&site.drop_dir("Lobby"), "large.jpg", &large);
+    eventually("it is refused", PATIENCE, || {
+        (daemon.metrics().count("framegate_frames_refused_total", "reason=\"too-large\"") == 1).then_some(())
+    });
+    assert_eq!(fs::read(site.drop_dir("Lobby").join("large.jpg")).expect("it is still there"), large);
+    assert_eq!(daemon.metrics().count("framegate_frames_pending", ""), 0);
 }
 
 // ---- TLS
