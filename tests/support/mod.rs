@@ -294,13 +294,24 @@ impl Daemon<'_> {
     /// Waits until nothing is pending and the drop directories are empty, then holds the equation.
     #[track_caller]
     pub fn idle(&mut self, patience: Duration) -> Samples {
-        let samples = eventually("everything is settled", patience, || {
+        let begun = Instant::now();
+        let samples = loop {
             self.assert_alive();
             let samples = self.metrics();
-            let settled = samples.count("framegate_frames_pending", "") == 0 && self.site.files_left().is_empty();
-            // Once more: a scrape shows its counters as they were a moment before its gauges.
-            settled.then(|| self.metrics())
-        });
+            let (pending, left) = (samples.count("framegate_frames_pending", ""), self.site.files_left());
+            if pending == 0 && left.is_empty() {
+                // Once more: a scrape shows its counters as they were a moment before its gauges.
+                break self.metrics();
+            }
+            assert!(
+                begun.elapsed() < patience,
+                "not settled within {patience:?}: {pending} pending, {} files left, such as {:?}; {}",
+                left.len(),
+                left.first(),
+                self.get("/status").map_or_else(|error| error.to_string(), |(_, status)| status),
+            );
+            std::thread::sleep(POLL);
+        };
         samples.equation_holds().expect("the equation of the design");
         samples
     }
