@@ -371,7 +371,7 @@ fn c10_a_captive_portal_settles_nothing_and_pauses_until_it_is_gone() {
 fn c10_a_portal_that_says_511_or_407_settles_nothing_and_pauses_until_it_is_gone() {
     for status in [511, 407] {
         pauses_and_heals("unexpected-answer", |engine, on| {
-            engine.change(|faults| faults.answer_all = on.then_some(status))
+            engine.change(|faults| faults.answer_all = on.then_some(status));
         });
     }
 }

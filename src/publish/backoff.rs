@@ -51,7 +51,7 @@ impl Backoff {
     pub(super) fn probe(&self, probes: u32, paused: Duration, dice: f64) -> Duration {
         let longest = self.envelope(probes, Duration::ZERO).min((paused / PAUSE_PART).max(self.min));
         let shortest = (longest / 2).max(self.min);
-        shortest + (longest - shortest).mul_f64(dice.clamp(0.0, 1.0))
+        shortest + longest.saturating_sub(shortest).mul_f64(dice.clamp(0.0, 1.0))
     }
 }
 
@@ -81,9 +81,9 @@ mod tests {
                 }
                 assert!(probes <= few, "{probes} probes within {outage:?}");
                 assert!(
-                    now - outage <= (outage / 4).clamp(backoff.min, backoff.max),
+                    now.saturating_sub(outage) <= (outage / 4).clamp(backoff.min, backoff.max),
                     "{:?} after {outage:?}",
-                    now - outage
+                    now.saturating_sub(outage)
                 );
             }
         }

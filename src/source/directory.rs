@@ -117,8 +117,11 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
             scan = Some(begin_scan(site, root, watcher.clone()));
             scan_due = Instant::now() + next_scan(config, events.is_some());
         }
+        if stop.is_cancelled() {
+            break;
+        }
+        // Fair: a flood of events must not keep unfinished files, the scans and the look at the directory waiting.
         tokio::select! {
-            biased;
             () = stop.cancelled() => break,
             done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
                 scan = None;
@@ -126,6 +129,7 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                     Ok(Ok(true)) => site.deliver(),
                     Ok(Ok(false)) => {
                         (watcher, events) = (None, None);
+                        scan_due = Instant::now();
                         exhausted(site);
                     }
                     Ok(Err(error)) => {
@@ -151,12 +155,14 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                     let (at, to, with) = (site.clone(), root.clone(), watcher.clone());
                     if !blocking(move || Ok(handle(&at, &to, with.as_ref(), batch))).await.unwrap_or(true) {
                         (watcher, events) = (None, None);
+                        scan_due = Instant::now();
                         exhausted(site);
                     }
                 }
                 Err(error) => {
                     tracing::warn!(%error, path = ?config.path, "watching failed; polling from now on");
                     (watcher, events) = (None, None);
+                    scan_due = Instant::now();
                 }
             },
             () = site.changed.notified() => young_due = Some(Instant::now()),
@@ -217,12 +223,14 @@ async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>,
                 let left = settle_batch(site, fresh).await;
                 // What cannot be removed is remembered, and never published again while we live.
                 stuck.extend(left);
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
                 for _ in 0..n {
                     site.done();
                 }
             }
             () = tokio::time::sleep(SETTLE_AGAIN), if !stuck.is_empty() => {
                 stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
                 if stuck.is_empty() {
                     site.deliver();
                 }

@@ -11,6 +11,7 @@
 )]
 
 pub mod engine;
+pub mod faults;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

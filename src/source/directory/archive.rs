@@ -28,14 +28,14 @@ pub(super) fn keep(archive: &Path, claim: &Claim) -> io::Result<()> {
         match rename(place.as_fd(), &name, to.as_fd(), as_name) {
             Ok(()) => return Ok(()),
             Err(Errno::EXIST) => {}
-            Err(Errno::XDEV) => return copy(claim, place.as_fd(), &name, to.as_fd(), as_name),
+            Err(Errno::XDEV) => return copy(claim, place.as_fd(), &name, to.as_fd(), &second),
             Err(error) => return Err(error.into()),
         }
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
 
-fn copy(claim: &Claim, from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, as_name: &[u8]) -> io::Result<()> {
+fn copy(claim: &Claim, from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, second: &[u8]) -> io::Result<()> {
     let temp = format!(".{}.tmp", claim.id);
     let mut source = File::from(tree::open_file(from, name)?);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -44,9 +44,9 @@ fn copy(claim: &Claim, from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, as
         io::copy(&mut source, &mut target)?;
         target.set_modified(source.metadata()?.modified()?)?;
         target.sync_all()?;
-        match rename(to, temp.as_bytes(), to, as_name) {
-            // One that a crash left between the copy and the unlink is replaced by itself; another keeps its name.
-            Err(Errno::EXIST) => rename(to, temp.as_bytes(), to, format!("{}.copy", claim.id).as_bytes())?,
+        match rename(to, temp.as_bytes(), to, &claim.name) {
+            // Under its id there can only be the same frame, from a copy that a crash ended before the unlink.
+            Err(Errno::EXIST) => rustix::fs::renameat(to, temp.as_str(), to, OsStr::from_bytes(second))?,
             other => other?,
         }
         Ok(rustix::fs::fsync(to)?)

@@ -16,6 +16,7 @@ use arc_swap::ArcSwapOption;
 use globset::GlobSet;
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType};
+use rustix::io::Errno;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
@@ -70,6 +71,8 @@ pub(super) struct Site {
     pub put_back: AtomicBool,
     /// Something was missed that a scan will find.
     pub missed: AtomicBool,
+    /// Settled frames whose files cannot be removed: while there are any, the detector stays held.
+    pub stuck: AtomicUsize,
 }
 
 /// What became of a frame that we had claimed.
@@ -186,6 +189,7 @@ impl Site {
             stopping: AtomicBool::new(false),
             put_back: AtomicBool::new(false),
             missed: AtomicBool::new(false),
+            stuck: AtomicUsize::new(0),
         });
         if site.template.is_fixed()
             && let Some(name) = site.template.fill(b"")
@@ -203,8 +207,11 @@ impl Site {
         self.show(false);
     }
 
-    /// The source can deliver.
+    /// The source can deliver, unless there is something left that it cannot remove.
     pub(super) fn deliver(&self) {
+        if self.stuck.load(Ordering::Relaxed) > 0 {
+            return;
+        }
         let was_held = self.health.held().is_some();
         if self.health.set(State::Ok) && was_held {
             tracing::info!(detector = %self.entry.name, path = ?self.entry.directory.path, "detector delivers again");
@@ -344,35 +351,56 @@ impl Site {
         tally: &mut Tally,
     ) {
         self.register(inner, detector);
-        let key = waiting.key.clone();
         let added = inner.window.add(detector, waiting, fresh, scan);
         let line = &inner.lines[detector];
-        match &added {
-            Added::Known => return,
-            Added::NoRoom => {}
-            Added::InLine | Added::InsteadOf(_) => line.ready.ready(),
-        }
-        if scan == 0 && !counted {
-            line.received(1);
-        }
-        // Who is counted, but beyond the window now: itself, or the one whose place it took.
-        let beyond = match added {
-            Added::Known | Added::InLine => None,
-            Added::NoRoom => Some(detector.clone()),
-            Added::InsteadOf(whose) => Some(whose),
-        };
-        if scan == 0 {
-            if let Some(beyond) = beyond {
-                *inner.beyond.entry(beyond).or_default() += 1;
+        if added == Added::Known {
+            if counted {
+                // In line by another way: one file, counted twice.
+                line.dropped("vanished");
             }
             return;
         }
-        if let Some(beyond) = beyond {
-            *tally.no_room.entry(beyond).or_default() += 1;
+        if added != Added::NoRoom {
+            line.ready.ready();
         }
-        if inner.window.knows(&key) {
-            *tally.added.entry(detector.clone()).or_default() += 1;
+        if scan > 0 {
+            *tally.added.entry(detector.clone()).or_default() += i64::from(added != Added::NoRoom);
+        } else if !counted {
+            line.received(1);
         }
+        // What stays beyond the window, or goes out of it, is counted there; what this scan will still meet, when it does.
+        let beyond = if scan > 0 { &mut tally.no_room } else { &mut inner.beyond };
+        match added {
+            Added::NoRoom => *beyond.entry(detector.clone()).or_default() += 1,
+            Added::InsteadOf { detector, met } => {
+                *beyond.entry(detector.clone()).or_default() += i64::from(met);
+                if scan > 0 {
+                    *tally.added.entry(detector).or_default() -= 1;
+                }
+            }
+            Added::InLine | Added::Known => {}
+        }
+    }
+
+    /// A claim goes in line: it always has room, since no scan would find it again.
+    fn add_claim(self: &Arc<Self>, inner: &mut Inner, detector: &Arc<str>, claim: Claim, look: Look, settled: bool) {
+        let now = Instant::now();
+        let waiting = Waiting {
+            // A key of its own: the place that it came from may have another file by now.
+            key: Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() },
+            size: look.size,
+            mtime: look.mtime,
+            noticed: now,
+            received_at: Timestamp::now(),
+            still_since: now,
+            settled,
+            claim: Some(claim),
+        };
+        self.register(inner, detector);
+        inner.window.put_back(detector, waiting);
+        let line = &inner.lines[detector];
+        line.received(1);
+        line.ready.ready();
     }
 
     /// An entry that is never taken: counted and said once.
@@ -383,9 +411,13 @@ impl Site {
         if inner.refused.len() >= REFUSED_MAX {
             inner.refused.clear();
         }
-        inner.refused.insert(key.clone(), (look.ino, look.ctime));
+        let said = inner.refused.insert(key.clone(), (look.ino, look.ctime)).is_some();
         let name = self.template.fill(&key.dir).unwrap_or_else(|| self.entry.name.clone());
         self.metrics.detector(&name).refused(reason);
+        if said {
+            // Whoever changes it again and again must not fill the log.
+            return;
+        }
         tracing::warn!(
             detector = %name,
             path = ?self.entry.directory.path,
@@ -554,26 +586,12 @@ impl Site {
 
     /// Claims of dead instances go back in line.
     fn adopt(self: &Arc<Self>, root: &Arc<Root>) -> io::Result<()> {
-        let mut tally = Tally::default();
         for claim in root.adopt()? {
-            // One that cannot be looked at now stands in line all the same: it is adopted only once.
+            // One that cannot be looked at now is tried again when it is its turn: it is listed only once.
             let look = claim.place(false).and_then(|(place, name)| tree::look(&place, &name)).unwrap_or(NOTHING);
             let mut inner = self.inner();
             let detector = self.detector_of(&inner, &claim.dir).unwrap_or_else(|| self.entry.name.as_str().into());
-            self.register(&mut inner, &detector);
-            let now = Instant::now();
-            let waiting = Waiting {
-                // A key of its own: the place that it came from may have another file by now.
-                key: key_of(&claim),
-                size: look.size,
-                mtime: look.mtime,
-                noticed: now,
-                received_at: Timestamp::now(),
-                still_since: now,
-                settled: true,
-                claim: Some(claim),
-            };
-            self.add(&mut inner, &detector, waiting, false, 0, false, &mut tally);
+            self.add_claim(&mut inner, &detector, claim, look, true);
         }
         Ok(())
     }
@@ -666,7 +684,8 @@ impl Site {
                 self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
                 self.hold(&trouble(&error));
                 let look = Look { size: waiting.size, mtime: waiting.mtime, ..NOTHING };
-                if waiting.claim.is_none() {
+                // A claim goes back in line as it is: there is nothing in its old place to look at.
+                if offered.waiting.as_ref().is_some_and(|waiting| waiting.claim.is_none()) {
                     self.back_to_young(offered, &waiting, look, Some(RETRY_AFTER));
                 }
                 Taken::Gone
@@ -692,21 +711,17 @@ impl Site {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 return Ok(Catch::Refused(look, "unreadable"));
             }
+            // Another took its place since: a symbolic link, a socket.
+            Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::LOOP | Errno::NXIO)) => {
+                return Ok(Catch::NotYet(look));
+            }
             other => other?,
         };
         if !read {
             return Ok(Catch::NotYet(look));
         }
         let flaw = image::inspect(buffer).err();
-        let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
-        let patience = match &flaw {
-            None => true,
-            Some(Flaw::Unsupported(_)) => unchanged && waiting.settled,
-            Some(Flaw::Truncated(_)) => {
-                unchanged && waiting.still_since.elapsed() >= self.entry.directory.partial_timeout
-            }
-        };
-        if !patience {
+        if flaw.as_ref().is_some_and(|flaw| !self.is_final(flaw, &look, waiting)) {
             return Ok(Catch::NotYet(look));
         }
         let Some(claim) = root.claim(dir.as_fd(), &key.dir, &key.name)? else { return Ok(Catch::Vanished) };
@@ -755,7 +770,9 @@ impl Site {
         let whole = read(place.as_fd(), &name, &look, buffer)?;
         match (whole, image::inspect(buffer)) {
             (true, Ok(_)) => Ok(Catch::Whole(claim, look)),
-            (true, Err(flaw)) if waiting.claim.is_some() => Ok(Catch::Flawed(claim, look, refusal(&flaw))),
+            (true, Err(flaw)) if waiting.claim.is_some() && self.is_final(&flaw, &look, waiting) => {
+                Ok(Catch::Flawed(claim, look, refusal(&flaw)))
+            }
             (_, _) => {
                 // Somebody is writing it: it goes back to him.
                 if claim.put_back()? {
@@ -764,6 +781,16 @@ impl Site {
                 Ok(Catch::Flawed(claim, look, refusal(&Flaw::Truncated("rewritten while it was taken"))))
             }
         }
+    }
+
+    /// Whether nobody is going to mend it any more.
+    fn is_final(&self, flaw: &Flaw, look: &Look, waiting: &Waiting) -> bool {
+        let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
+        unchanged
+            && match flaw {
+                Flaw::Unsupported(_) => waiting.settled,
+                Flaw::Truncated(_) => waiting.still_since.elapsed() >= self.entry.directory.partial_timeout,
+            }
     }
 
     fn unfit(&self, look: &Look) -> Option<&'static str> {
@@ -896,7 +923,17 @@ impl Site {
             noticed: waiting.noticed,
             received_at: waiting.received_at,
         };
-        inner.young.insert(waiting.key.clone(), young);
+        // A claim has been put back in its place.
+        let key = match &waiting.claim {
+            Some(claim) => Key { dir: claim.dir.clone(), name: claim.name.clone() },
+            None => waiting.key.clone(),
+        };
+        if inner.young.insert(key, young).is_some_and(|before| before.counted)
+            && let Some(line) = inner.lines.get(&offered.detector)
+        {
+            // Its place was free: the one that was waited for there is gone.
+            line.dropped("vanished");
+        }
         drop(inner);
         self.changed.notify_one();
         self.done();
@@ -930,7 +967,13 @@ impl Site {
                     Some(_) | None => held.claim.remove()?,
                 }
             }
-            Disposition::Rejected | Disposition::Dropped => held.claim.remove()?,
+            Disposition::Rejected => {
+                if self.rewritten(held)? {
+                    return Ok(());
+                }
+                held.claim.remove()?;
+            }
+            Disposition::Dropped => held.claim.remove()?,
             Disposition::Released => self.release(held),
         }
         Ok(())
@@ -960,19 +1003,8 @@ impl Site {
             return Ok(false);
         }
         let claim = held.claim.renew()?;
-        let mut inner = self.inner();
-        let now = Instant::now();
-        let waiting = Waiting {
-            key: key_of(&claim),
-            size: look.size,
-            mtime: look.mtime,
-            noticed: now,
-            received_at: Timestamp::now(),
-            still_since: now,
-            settled: true,
-            claim: Some(claim),
-        };
-        self.add(&mut inner, &held.detector, waiting, true, 0, false, &mut Tally::default());
+        // Its writer may be in the middle of it.
+        self.add_claim(&mut self.inner(), &held.detector, claim, look, false);
         Ok(true)
     }
 
@@ -1171,13 +1203,13 @@ fn advice(reason: &str) -> &'static str {
 }
 
 fn trouble(error: &io::Error) -> String {
-    let what = match error.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
-        Some(rustix::io::Errno::ROFS) => "the file system is read-only; nothing is taken until it can be written",
-        Some(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+    let what = match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::ROFS) => "the file system is read-only; nothing is taken until it can be written",
+        Some(Errno::ACCESS | Errno::PERM) => {
             "files cannot be taken from it; make the service's user the owner of the directory"
         }
-        Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => "its file system is full",
-        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => "no file descriptors are left; raise LimitNOFILE",
+        Some(Errno::NOSPC | Errno::DQUOT) => "its file system is full",
+        Some(Errno::MFILE | Errno::NFILE) => "no file descriptors are left; raise LimitNOFILE",
         Some(_) | None => "files cannot be taken from it",
     };
     format!("{what} ({error})")

@@ -53,8 +53,13 @@ pub(super) struct Waiting {
 pub(super) enum Added {
     /// It stands in line.
     InLine,
-    /// It stands in line, and a counted one of this detector's went out of the window for it.
-    InsteadOf(Arc<str>),
+    /// It stands in line, and another, which had been counted, went out of the window for it.
+    InsteadOf {
+        /// Whose line that stood in.
+        detector: Arc<str>,
+        /// Whether it has been met: `false` if this scan will still meet it.
+        met: bool,
+    },
     /// It was known.
     Known,
     /// The window is full of better ones.
@@ -109,9 +114,9 @@ impl Window {
         let mut added = Added::InLine;
         if self.waiting >= self.max {
             match self.make_room(detector, waiting.mtime, fresh) {
-                // One that this scan has passed is counted with those beyond the window; the others it will still meet.
-                Some((whose, state)) if scan == 0 || state.scan == scan => added = Added::InsteadOf(whose),
-                Some(_) => {}
+                Some((detector, state)) => {
+                    added = Added::InsteadOf { detector, met: scan == 0 || state.scan == scan };
+                }
                 None => return Added::NoRoom,
             }
         }
@@ -174,31 +179,30 @@ impl Window {
         }
     }
 
-    /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`.
+    /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`. Never a claim: no
+    /// scan would find it again.
     fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<(Arc<str>, State)> {
         let newest_first = self.order == Order::FreshestFirst;
         // A detector with little gets room at the cost of the one with most.
-        let longest = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
-        let (whose, line) = (longest.0.clone(), longest.1);
-        let own = *whose == *detector;
-        let edge = if newest_first { line.backlog.first_key_value() } else { line.backlog.last_key_value() };
-        let (worst, from_backlog) = match edge {
-            Some((key, _)) => (key.0, true),
-            None if newest_first => (line.fresh.front()?.mtime, false),
-            None => (line.fresh.back()?.mtime, false),
+        let (longest, line) = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
+        let mut files = line.backlog.iter().filter(|(_, waiting)| waiting.claim.is_none()).map(|(key, _)| *key);
+        let edge = if newest_first { files.next() } else { files.next_back() };
+        let worst = match edge {
+            Some(key) => key.0,
+            None if newest_first => line.fresh.front()?.mtime,
+            None => line.fresh.back()?.mtime,
         };
         let better = if newest_first { fresh || mtime > worst } else { mtime < worst };
-        if own && !better {
+        if **longest == *detector && !better {
             return None;
         }
-        let gone = match (from_backlog, newest_first) {
-            (true, true) => line.backlog.pop_first()?.1,
-            (true, false) => line.backlog.pop_last()?.1,
-            (false, true) => line.fresh.pop_front()?,
-            (false, false) => line.fresh.pop_back()?,
+        let gone = match edge {
+            Some(key) => line.backlog.remove(&key)?,
+            None if newest_first => line.fresh.pop_front()?,
+            None => line.fresh.pop_back()?,
         };
         self.waiting -= 1;
-        self.known.remove(&gone.key).map(|state| (whose, state))
+        Some((longest.clone(), self.known.remove(&gone.key)?))
     }
 }
 
@@ -230,6 +234,8 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
 
     fn file(n: i64, at: Instant) -> Waiting {
@@ -295,19 +301,30 @@ mod tests {
         }
         assert_eq!(window.add(&cam, file(3, now), false, 1), Added::Known);
         assert_eq!(window.add(&cam, file(0, now), false, 1), Added::NoRoom);
-        assert_eq!(
-            window.add(&cam, file(4, now), false, 1),
-            Added::InsteadOf(cam.clone()),
-            "1 was passed by this scan"
-        );
-        assert_eq!(window.add(&cam, file(5, now), false, 2), Added::InLine, "2 will be met by this scan again");
-        assert_eq!(
-            window.add(&Arc::from("other"), file(-9, now), true, 0),
-            Added::InsteadOf(cam.clone()),
-            "others get room"
-        );
+        let instead = |met| Added::InsteadOf { detector: cam.clone(), met };
+        assert_eq!(window.add(&cam, file(4, now), false, 1), instead(true), "1 was passed by this scan");
+        assert_eq!(window.add(&cam, file(5, now), false, 2), instead(false), "2 will be met by this scan again");
+        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), instead(true), "others get room");
         assert_eq!(window.len(), 3);
         assert_eq!(order(&mut window, now), [5, 4]);
+    }
+
+    #[test]
+    fn a_claim_always_has_room_and_never_goes_out_for_a_better_file() {
+        let home = tempfile::tempdir().unwrap();
+        let root = Arc::new(super::super::claim::Root::open(home.path()).unwrap());
+        std::fs::write(home.path().join("a.jpg"), b"image").unwrap();
+        let claim = root.claim(root.fd.as_fd(), &Arc::from(*b""), &Arc::from(*b"a.jpg")).unwrap();
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = Window::new(Order::FreshestFirst, 2);
+        for n in [10, 11] {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        window.put_back(&cam, Waiting { claim, ..file(1, now) });
+        for n in [12, 13, 14] {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        assert_eq!(order(&mut window, now), [14, 13, 1]);
     }
 
     #[test]
