@@ -41,7 +41,8 @@ pub struct Cli {
 #[derive(Debug, clap::Args)]
 struct ConfigArgs {
     /// The configuration file; `conf.d/*.toml` beside it and FRAMEGATE_… variables are read after it
-    #[arg(long, short, value_name = "FILE", default_value = "/etc/framegate/framegate.toml")]
+    // Global: also behind `dead-letter list`, where people write it.
+    #[arg(long, short, value_name = "FILE", default_value = "/etc/framegate/framegate.toml", global = true)]
     config: PathBuf,
 }
 
@@ -144,14 +145,18 @@ fn print(text: &str) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The daemon reads the configuration, and refuses it if it is wrong: so its log and its metrics tell of that too.
 fn reload(args: &ConfigArgs) -> anyhow::Result<ExitCode> {
-    let loaded = match load(&args.config) {
-        Ok(loaded) => loaded,
-        Err(code) => return Ok(code),
+    let Some(socket) = config::control_socket(&args.config, &Environment::from_process()) else {
+        // Said by whoever cannot read it.
+        drop(load(&args.config));
+        return Ok(ExitCode::FAILURE);
     };
-    let answer = control::ask(&loaded.settings.admin.control, &Request::Reload)?;
-    print(&format!("{}\n", answer.message))?;
-    Ok(if answer.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let answer = control::ask(&socket, &Request::Reload)?;
+    if !answer.ok {
+        anyhow::bail!("the new configuration is refused, the old one goes on:\n{}", answer.message);
+    }
+    print(&format!("{}\n", answer.message))
 }
 
 fn pin(url: &str) -> anyhow::Result<ExitCode> {

@@ -177,6 +177,14 @@ pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Problems> 
     if problems.is_empty() { Ok(Loaded { settings, warnings }) } else { Err(Problems(problems)) }
 }
 
+/// Where the daemon of this configuration is asked. A wrong configuration has a daemon too, which is to hear of it; `None` if
+/// not even the files can be read, and then no other daemon is bothered instead.
+pub fn control_socket(path: &Path, environment: &Environment) -> Option<PathBuf> {
+    let layers = read_layers(path, environment, &mut Vec::new())?;
+    let told = layers.iter().rev().find_map(|layer| layer.sections.get("admin")?.get("control")?.as_str());
+    Some(told.map_or_else(|| admin::Config::default().control, PathBuf::from))
+}
+
 /// The JSON schema of a configuration file.
 pub fn schema() -> serde_json::Value {
     schemars::schema_for!(Settings).to_value()

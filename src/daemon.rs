@@ -273,7 +273,13 @@ impl Daemon {
                 while self.pipeline.join_next().await.is_some() {}
                 while self.source_tasks.join_next().await.is_some() {}
             };
-            if tokio::time::timeout(RELEASE_GRACE, rest).await.is_err() {
+            let released = tokio::select! {
+                () = rest => true,
+                () = tokio::time::sleep(RELEASE_GRACE) => false,
+                // At once means at once: an answer that is still on its way is not waited for.
+                () = hurry.cancelled() => false,
+            };
+            if !released {
                 // Receipts drop with the pipeline's tasks: their sources see them released.
                 self.pipeline.shutdown().await;
                 let sources = async { while self.source_tasks.join_next().await.is_some() {} };

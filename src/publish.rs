@@ -449,9 +449,15 @@ impl Publisher {
     /// Waits for the rate limit on behalf of a login or renewal.
     async fn pass(&self) {
         loop {
-            let at = match self.desk().line.urgent(Instant::now()) {
-                Ok(()) => return,
-                Err(at) => at,
+            let at = {
+                let mut desk = self.desk();
+                let passed = desk.line.urgent(Instant::now());
+                // While this waited nobody else was let through or set a timer, and what the engine will answer is not certain.
+                self.turn(&mut desk);
+                match passed {
+                    Ok(()) => return,
+                    Err(at) => at,
+                }
             };
             sleep_until(at).await;
         }

@@ -16,12 +16,18 @@ pub(super) const EXIT_CONFIG: u8 = 78;
 
 /// Checks the configuration at `path`.
 pub(super) fn run(path: &Path) -> ExitCode {
-    let written = match config::load(path, &Environment::from_process()) {
-        Ok(loaded) => report(&mut io::stdout().lock(), path, &loaded).map(|()| ExitCode::SUCCESS),
+    let loaded = config::load(path, &Environment::from_process());
+    let written = match &loaded {
+        Ok(loaded) => report(&mut io::stdout().lock(), path, loaded).map(|()| ExitCode::SUCCESS),
         Err(problems) => writeln!(io::stderr().lock(), "{problems}").map(|()| ExitCode::from(EXIT_CONFIG)),
     };
-    // Nobody is left to tell if even this cannot be written.
-    written.unwrap_or(ExitCode::FAILURE)
+    written.unwrap_or_else(|error| match (&loaded, error.kind()) {
+        // Whoever read it has seen enough (`| head`).
+        (Ok(_), io::ErrorKind::BrokenPipe) => ExitCode::SUCCESS,
+        (Err(_), io::ErrorKind::BrokenPipe) => ExitCode::from(EXIT_CONFIG),
+        // Nobody is left to tell.
+        (Ok(_) | Err(_), _) => ExitCode::FAILURE,
+    })
 }
 
 /// Writes what was understood.

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -64,16 +65,35 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         anyhow::bail!("--rate {} is not a number of frames per second", args.rate);
     }
     let log = log::init(&log::Config { level: "error".into(), ..log::Config::default() })?;
+    let runtime = super::runtime()?;
+    // Before there is anything that must not be left behind.
+    let interrupted = runtime.block_on(async { interruption() })?;
     let home =
         tempfile::Builder::new().prefix("framegate-demo-").tempdir().context("cannot make a temporary directory")?;
-    let runtime = super::runtime()?;
-    let result = runtime.block_on(demo(args, home.path(), log));
+    let result = runtime.block_on(demo(args, home.path(), log, interrupted));
     runtime.shutdown_timeout(Duration::from_secs(1));
     home.close().context("cannot remove the demo's temporary directory")?;
     result
 }
 
-async fn demo(args: &Args, home: &Path, log: log::Handle) -> anyhow::Result<ExitCode> {
+/// Ctrl-C or SIGTERM, from now on.
+fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut int = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let mut term = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    Ok(async move {
+        tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+        }
+    })
+}
+
+async fn demo(
+    args: &Args,
+    home: &Path,
+    log: log::Handle,
+    interrupted: impl Future<Output = ()>,
+) -> anyhow::Result<ExitCode> {
     let engine = Simulator::start(simulator::Options::default()).await?;
     engine.change(|faults| faults.error_rate = args.errors);
     let site = Site::build(home, &engine, args.detectors)?;
@@ -101,7 +121,7 @@ async fn demo(args: &Args, home: &Path, log: log::Handle) -> anyhow::Result<Exit
     let end = tokio::select! {
         end = watch(args, &metrics, &camera) => end,
         () = daemon.run(stop.clone(), reloads) => End::Interrupted,
-        _ = tokio::signal::ctrl_c() => End::Interrupted,
+        () = interrupted => End::Interrupted,
     };
     let took = started.elapsed();
     camera.stop.store(true, Ordering::Relaxed);

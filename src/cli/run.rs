@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +27,7 @@ pub(super) fn run(path: &Path) -> anyhow::Result<ExitCode> {
     // Absolute, so that a reload means the same file whatever the working directory.
     let config_file = Some(std::path::absolute(path)?);
     let surroundings = Surroundings { config_file, log: Some(log), notify: Arc::new(Notify::from_env()) };
+    raise_descriptor_limit();
     let runtime = super::runtime()?;
     let result = runtime.block_on(async move {
         let (stop, hurry, reloads) = signals()?;
@@ -42,6 +44,15 @@ pub(super) fn run(path: &Path) -> anyhow::Result<ExitCode> {
         tracing::error!("cannot run: {error:#}");
     }
     result
+}
+
+/// As many file descriptors as we may have: the usual soft limit of 1024 is for programs that call select(2), and each
+/// detector keeps a handful open.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::debug!(%error, "the limit of file descriptors stays as it is");
+    }
 }
 
 /// First SIGTERM or SIGINT: stop. Second: hurry. SIGHUP: reload; one waiting is enough for any number.

@@ -6,6 +6,8 @@ use anyhow::bail;
 
 /// A frame that has been failing for long is tried no sooner than this part of its age again (within the bounds).
 const AGE_PART: u32 = 4;
+/// A pause lasts at most this part longer than its cause: after an outage of 20 s the next probe is 5 s away at most.
+const PAUSE_PART: u32 = 4;
 
 /// Bounds of a wait, with `0 < min <= max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,13 @@ impl Backoff {
         let span = self.envelope(tries, age).saturating_sub(self.min);
         (self.min + span.mul_f64(dice.clamp(0.0, 1.0))).min(self.max)
     }
+
+    /// The wait for the next probe of a pause that has lasted for `paused`. There is one at a time, so half of it is certain.
+    pub(super) fn probe(&self, probes: u32, paused: Duration, dice: f64) -> Duration {
+        let longest = self.envelope(probes, Duration::ZERO).min((paused / PAUSE_PART).max(self.min));
+        let shortest = (longest / 2).max(self.min);
+        shortest + longest.saturating_sub(shortest).mul_f64(dice.clamp(0.0, 1.0))
+    }
 }
 
 #[cfg(test)]
@@ -57,6 +66,27 @@ mod tests {
         assert!(Backoff::try_new(ms(0), ms(1)).is_err());
         assert!(Backoff::try_new(ms(2), ms(1)).is_err());
         assert!(Backoff::try_new(ms(1), ms(1)).is_ok());
+    }
+
+    #[test]
+    fn probes_are_few_and_one_comes_soon_after_any_outage() {
+        let backoff = Backoff::between(Duration::from_millis(200), Duration::from_secs(30));
+        for (outage, few) in [(1, 8), (20, 30), (60, 40), (3600, 300)] {
+            let outage = Duration::from_secs(outage);
+            for dice in [0.0, 0.5, 1.0] {
+                let (mut now, mut probes) = (Duration::ZERO, 0);
+                while now < outage {
+                    now += backoff.probe(probes, now, dice);
+                    probes += 1;
+                }
+                assert!(probes <= few, "{probes} probes within {outage:?}");
+                assert!(
+                    now.saturating_sub(outage) <= (outage / 4).clamp(backoff.min, backoff.max),
+                    "{:?} after {outage:?}",
+                    now.saturating_sub(outage)
+                );
+            }
+        }
     }
 
     proptest! {

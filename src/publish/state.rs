@@ -1005,7 +1005,7 @@ impl Line {
             // The full time, without dice: many logins with a wrong password may lock the account.
             (None, true) if probes == 0 => LOGIN_BACKOFF.min(),
             (None, true) => LOGIN_BACKOFF.envelope(probes - 1, Duration::ZERO),
-            (None, false) => self.settings.backoff.delay(probes, Duration::ZERO, fastrand::f64()),
+            (None, false) => self.settings.backoff.probe(probes, now - since, fastrand::f64()),
         };
         let probing = self.pause.as_ref().and_then(|pause| pause.probing);
         self.pause = Some(Pause { next_probe: now + wait, last_probe: now, probes, probing, since, mark });

@@ -132,8 +132,14 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                         scan_due = Instant::now();
                         exhausted(site);
                     }
-                    Ok(Err(error)) => site.hold(&missing(&error)),
-                    Err(error) => tracing::error!(%error, "a scan failed; the next one is due soon"),
+                    Ok(Err(error)) => {
+                        site.hold(&missing(&error));
+                        site.missed.store(true, Ordering::Relaxed);
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "a scan failed; the next one is due soon");
+                        site.missed.store(true, Ordering::Relaxed);
+                    }
                 }
                 site.nudge();
             }
@@ -166,14 +172,15 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
             }
             _ = look.tick() => {
                 let (path, known) = (config.path.clone(), (root.dev, root.ino));
-                let same = blocking(move || tree::open(&path).and_then(tree::look_at)).await;
+                // Looked at, not opened: without file descriptors left it would seem gone.
+                let same = blocking(move || tree::look_along(&path)).await;
                 if same.map(|look| (look.dev, look.ino)).ok() != Some(known) {
                     break;
                 }
                 if site.wants_scan() {
                     scan_due = Instant::now();
                 }
-                if site.health.held().is_some() {
+                if site.health.held().is_some() || site.put_back.swap(false, Ordering::Relaxed) {
                     site.nudge();
                 }
                 if tidied.is_none_or(|at| at.elapsed() >= ARCHIVE_EVERY) {
@@ -238,8 +245,8 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
     let work = move || {
         let mut stuck = Vec::new();
         let mut why = None;
-        for settled in batch {
-            if let Err(error) = at.settle(&settled) {
+        for mut settled in batch {
+            if let Err(error) = at.settle(&mut settled) {
                 at.metrics.counter("settle_errors_total", &[("operation", "remove")]).increment(1);
                 why = Some(error);
                 stuck.push(settled);
@@ -327,13 +334,22 @@ fn handle(site: &Arc<Site>, root: &Arc<Root>, watcher: Option<&Watcher>, batch: 
             Event::Moved { dir, name } => (dir, name, Via::Moved),
             Event::Closed { dir, name } => (dir, name, Via::Closed),
             Event::Directory { dir } => {
-                watched &= site.visit_new(root, &dir, watcher).unwrap_or(true);
+                match site.visit_new(root, &dir, watcher) {
+                    Ok(all) => watched &= all,
+                    Err(error) => site.missed_by(&error),
+                }
                 continue;
             }
             Event::Overflow | Event::Gone => continue,
         };
         if open.as_ref().is_none_or(|(at, _)| *at != dir) {
-            open = tree::open_below(root.fd.as_fd(), &dir).ok().map(|fd| (dir.clone(), fd));
+            open = match tree::open_below(root.fd.as_fd(), &dir) {
+                Ok(fd) => Some((dir.clone(), fd)),
+                Err(error) => {
+                    site.missed_by(&error);
+                    None
+                }
+            };
         }
         if let Some((_, fd)) = &open {
             site.notice(fd.as_fd(), &Key { dir, name }, via, &mut Tally::default());

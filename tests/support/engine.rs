@@ -57,7 +57,9 @@ impl Engine {
     /// Waits until so many frames have been accepted since the start.
     #[track_caller]
     pub fn until_accepted(&self, frames: u64) {
-        eventually(&format!("{frames} frames are accepted"), PATIENCE, || (self.counts().accepted >= frames).then_some(()));
+        eventually(&format!("{frames} frames are accepted"), PATIENCE, || {
+            (self.counts().accepted >= frames).then_some(())
+        });
     }
 
     /// The engine was asked for nothing that its contract does not know.
@@ -87,7 +89,9 @@ pub fn nothing_lost(engines: &[&Engine], written: &[Hash]) -> u64 {
         arrivals.remove(hash);
     }
     assert!(arrivals.is_empty(), "{} images arrived that nobody wrote", arrivals.len());
-    engines.iter().for_each(|engine| engine.contract_held());
+    for engine in engines {
+        engine.contract_held();
+    }
     doubled
 }
 

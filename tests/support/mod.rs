@@ -2,7 +2,13 @@
 //!
 //! Nothing in here sleeps but [`eventually`], which waits for a condition. Every port is 0. The daemon says over its
 //! control socket where its admin listener is.
-#![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses its own part of the harness")]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    unused_imports,
+    reason = "each test binary uses its own part of the harness"
+)]
 
 pub mod engine;
 pub mod faults;
@@ -21,9 +27,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 // The engine and the pictures come from the library, in this process: a test asks the simulator directly.
-#[allow(unused_imports, reason = "not every test binary scripts answers")]
-pub use framegate::simulator::{Action, Reply};
-pub use framegate::simulator::{Options, Simulator, faces};
+#[allow(unused_imports, reason = "each test binary uses its own part of the harness")]
+pub use framegate::simulator::{Action, Options, Reply, Simulator, faces};
 
 /// For what should take moments: long, since two cores may run everything at once.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -290,12 +295,24 @@ impl Daemon<'_> {
     /// Waits until nothing is pending and the drop directories are empty, then holds the equation.
     #[track_caller]
     pub fn idle(&mut self, patience: Duration) -> Samples {
-        let samples = eventually("everything is settled", patience, || {
+        let begun = Instant::now();
+        let samples = loop {
             self.assert_alive();
             let samples = self.metrics();
-            let settled = samples.count("framegate_frames_pending", "") == 0 && self.site.files_left().is_empty();
-            settled.then_some(samples)
-        });
+            let (pending, left) = (samples.count("framegate_frames_pending", ""), self.site.files_left());
+            if pending == 0 && left.is_empty() {
+                // Once more: a scrape shows its counters as they were a moment before its gauges.
+                break self.metrics();
+            }
+            assert!(
+                begun.elapsed() < patience,
+                "not settled within {patience:?}: {pending} pending, {} files left, such as {:?}; {}",
+                left.len(),
+                left.first(),
+                self.get("/status").map_or_else(|error| error.to_string(), |(_, status)| status),
+            );
+            std::thread::sleep(POLL);
+        };
         samples.equation_holds().expect("the equation of the design");
         samples
     }

@@ -67,6 +67,10 @@ pub(super) struct Site {
     /// Told when `outstanding` falls to zero, or a young file is waiting.
     pub changed: Notify,
     pub stopping: AtomicBool,
+    /// A frame went back in line without its line being said to be ready: at once would be a busy loop.
+    pub put_back: AtomicBool,
+    /// Something was missed that a scan will find.
+    pub missed: AtomicBool,
     /// Settled frames whose files cannot be removed: while there are any, the detector stays held.
     pub stuck: AtomicUsize,
 }
@@ -75,6 +79,8 @@ pub(super) struct Site {
 pub(super) struct Settled {
     pub held: Held,
     pub disposition: Disposition,
+    /// Not pending any more, although the file may still be there.
+    counted: bool,
 }
 
 /// A claimed frame in the pipeline's hands.
@@ -181,6 +187,8 @@ impl Site {
             outstanding: AtomicUsize::new(0),
             changed: Notify::new(),
             stopping: AtomicBool::new(false),
+            put_back: AtomicBool::new(false),
+            missed: AtomicBool::new(false),
             stuck: AtomicUsize::new(0),
         });
         if site.template.is_fixed()
@@ -441,13 +449,14 @@ impl Site {
         let mut inner = self.inner();
         let Some(detector) = self.detector_of(&inner, &key.dir) else { return };
         let Some(mut young) = inner.young.remove(key) else { return };
+        let later = |inner: &mut Inner, young: Young| {
+            inner.young.insert(key.clone(), Young { due: now + RETRY_AFTER, ..young });
+        };
         let look = match looked {
             Some(Ok(look)) if look.kind == FileType::RegularFile => *look,
-            None => {
-                young.due = now + RETRY_AFTER;
-                inner.young.insert(key.clone(), young);
-                return;
-            }
+            // Nobody can tell whether it is there: the directory is away, no descriptors are left, the disk fails.
+            None => return later(&mut inner, young),
+            Some(Err(error)) if error.kind() != io::ErrorKind::NotFound => return later(&mut inner, young),
             Some(_) => {
                 if young.counted
                     && let Some(line) = inner.lines.get(&detector)
@@ -495,10 +504,11 @@ impl Site {
         self.metrics.counter("rescans_total", &[]).increment(1);
         let mut tally = Tally::default();
         self.adopt(root)?;
-        let watched = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally)?;
-        self.reckon(&tally);
+        let visited = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally);
+        let whole = visited.is_ok() && !self.stopping.load(Ordering::Relaxed);
+        self.reckon(&tally, whole);
         root.tidy()?;
-        Ok(watched)
+        visited
     }
 
     /// Looks at one new sub-directory and what is below it.
@@ -586,14 +596,18 @@ impl Site {
         Ok(())
     }
 
-    /// After a whole scan: what waits beyond the window is counted as received, and what somebody took away as dropped.
-    fn reckon(&self, tally: &Tally) {
+    /// After a scan: what waits beyond the window is counted as received, and, if it saw everything, what somebody took
+    /// away as dropped.
+    fn reckon(&self, tally: &Tally, whole: bool) {
         let mut inner = self.inner();
         let names: HashSet<_> = inner.lines.keys().cloned().collect();
         for name in names {
             let added = tally.added.get(&name).copied().unwrap_or(0);
+            let before = inner.beyond.get(&name).copied().unwrap_or(0);
             let beyond = tally.no_room.get(&name).copied().unwrap_or(0);
-            let before = inner.beyond.insert(name.clone(), beyond).unwrap_or(0);
+            // Half a scan knows of those that it saw only: some of what it added was beyond the window before.
+            let beyond = if whole { beyond } else { beyond.max(before - added) };
+            inner.beyond.insert(name.clone(), beyond);
             let line = &inner.lines[&name];
             match added + beyond - before {
                 0 => {}
@@ -606,8 +620,18 @@ impl Site {
         }
     }
 
-    /// Whether the window has drained while more wait beyond it.
+    /// An event or a scan could not be followed: a scan is due soon. What has gone since is no loss.
+    pub(super) fn missed_by(&self, error: &io::Error) {
+        if error.kind() != io::ErrorKind::NotFound {
+            self.missed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether something was missed, or the window has drained while more wait beyond it.
     pub(super) fn wants_scan(&self) -> bool {
+        if self.missed.swap(false, Ordering::Relaxed) {
+            return true;
+        }
         let inner = self.inner();
         inner.window.len() < FRAMES_MAX / 4 && inner.beyond.values().any(|n| *n > 0)
     }
@@ -623,7 +647,7 @@ impl Site {
         };
         let result = match &waiting.claim {
             Some(claim) => self.take_claimed(claim.clone(), &waiting, buffer),
-            None => self.take_file(&root, offered, &waiting, buffer),
+            None => self.take_file(&root, &waiting, buffer),
         };
         match result {
             Ok(Catch::Whole(claim, look)) => self.frame(offered, &waiting, &claim, look, buffer, None),
@@ -644,6 +668,18 @@ impl Site {
                 self.vanished(offered, &waiting);
                 Taken::Gone
             }
+            Ok(Catch::Stuck(claim, error)) => {
+                self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
+                self.hold(&trouble(&error));
+                let mut inner = self.inner();
+                if inner.window.forget(&waiting.key) {
+                    self.look_again(&mut inner, &waiting.key);
+                }
+                drop(inner);
+                // Back in line when `offered` is dropped.
+                offered.waiting = Some(Waiting { key: key_of(&claim), claim: Some(claim), ..waiting });
+                Taken::Gone
+            }
             Err(error) => {
                 self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
                 self.hold(&trouble(&error));
@@ -657,13 +693,7 @@ impl Site {
         }
     }
 
-    fn take_file(
-        &self,
-        root: &Arc<Root>,
-        offered: &mut Offered,
-        waiting: &Waiting,
-        buffer: &mut Vec<u8>,
-    ) -> io::Result<Catch> {
+    fn take_file(&self, root: &Arc<Root>, waiting: &Waiting, buffer: &mut Vec<u8>) -> io::Result<Catch> {
         let key = &waiting.key;
         let dir = match tree::open_below(root.fd.as_fd(), &key.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
@@ -695,13 +725,23 @@ impl Site {
             return Ok(Catch::NotYet(look));
         }
         let Some(claim) = root.claim(dir.as_fd(), &key.dir, &key.name)? else { return Ok(Catch::Vanished) };
-        // From here on an error must not forget that it is ours.
-        if let Some(waiting) = &mut offered.waiting {
-            waiting.claim = Some(claim.clone());
-        }
+        // From here on it is not at its place any more: trouble must not lose the claim.
+        let caught = self.catch(claim.clone(), &look, flaw, waiting, buffer);
+        Ok(caught.unwrap_or_else(|error| Catch::Stuck(claim, error)))
+    }
+
+    /// What was read has just been claimed: is it still the same?
+    fn catch(
+        &self,
+        claim: Claim,
+        read: &Look,
+        flaw: Option<Flaw>,
+        waiting: &Waiting,
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<Catch> {
         let (place, name) = claim.place(false)?;
         let claimed = tree::look(&place, &name)?;
-        if claimed.same_content(&look) {
+        if claimed.same_content(read) {
             return Ok(match flaw {
                 None => Catch::Whole(claim, claimed),
                 Some(flaw) => Catch::Flawed(claim, claimed, refusal(&flaw)),
@@ -820,7 +860,7 @@ impl Site {
 
     /// Hands a disposition to whoever settles; while nobody does any more, the claim stays for the next start.
     fn tell(&self, held: Held, disposition: Disposition) {
-        if self.settle.send(Settled { held, disposition }).is_err() {
+        if self.settle.send(Settled { held, disposition, counted: false }).is_err() {
             self.done();
         }
     }
@@ -909,7 +949,11 @@ impl Site {
     // ---- settling ----
 
     /// Carries out one disposition. An error: try again later.
-    pub(super) fn settle(self: &Arc<Self>, settled: &Settled) -> io::Result<()> {
+    pub(super) fn settle(self: &Arc<Self>, settled: &mut Settled) -> io::Result<()> {
+        if !settled.counted {
+            self.count(settled);
+            settled.counted = true;
+        }
         let held = &settled.held;
         match settled.disposition {
             Disposition::Accepted => {
@@ -922,25 +966,30 @@ impl Site {
                     }
                     Some(_) | None => held.claim.remove()?,
                 }
-                self.settled(held);
             }
             Disposition::Rejected => {
                 if self.rewritten(held)? {
                     return Ok(());
                 }
                 held.claim.remove()?;
-                self.settled(held);
             }
-            Disposition::Dropped => {
-                held.claim.remove()?;
-                let inner = self.inner();
-                if let Some(line) = inner.lines.get(&held.detector) {
-                    line.dropped("max-age");
-                }
-            }
+            Disposition::Dropped => held.claim.remove()?,
             Disposition::Released => self.release(held),
         }
         Ok(())
+    }
+
+    /// The pipeline has counted what it published and dead-lettered; here it stops being pending for this source.
+    fn count(&self, settled: &Settled) {
+        let inner = self.inner();
+        let Some(line) = inner.lines.get(&settled.held.detector) else { return };
+        match settled.disposition {
+            Disposition::Accepted | Disposition::Rejected => {
+                line.pending.fetch_sub(1, Ordering::Relaxed);
+            }
+            Disposition::Dropped => line.dropped("max-age"),
+            Disposition::Released => {}
+        }
     }
 
     /// A writer that still held the file has changed it since it was read: that is another frame.
@@ -954,16 +1003,9 @@ impl Site {
             return Ok(false);
         }
         let claim = held.claim.renew()?;
-        self.settled(held);
         // Its writer may be in the middle of it.
         self.add_claim(&mut self.inner(), &held.detector, claim, look, false);
         Ok(true)
-    }
-
-    fn settled(&self, held: &Held) {
-        if let Some(line) = self.inner().lines.get(&held.detector) {
-            line.pending.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 
     fn release(self: &Arc<Self>, held: &Held) {
@@ -973,7 +1015,7 @@ impl Site {
         }
         let mut inner = self.inner();
         let waiting = Waiting {
-            key: Key { dir: held.claim.dir.clone(), name: format!("/{}", held.claim.id).as_bytes().into() },
+            key: key_of(&held.claim),
             size: held.look.size,
             mtime: held.look.mtime,
             noticed: held.noticed,
@@ -1040,6 +1082,8 @@ enum Catch {
     NotYet(Look),
     Vanished,
     Refused(Look, &'static str),
+    /// Claimed, and then something went wrong.
+    Stuck(Claim, io::Error),
 }
 
 const NOTHING: Look = Look { dev: 0, ino: 0, size: 0, mtime: 0, ctime: 0, links: 0, kind: FileType::Unknown, owner: 0 };
@@ -1079,10 +1123,9 @@ impl Drop for Offered {
         if let Some(waiting) = self.waiting.take() {
             let mut inner = self.site.inner();
             inner.window.put_back(&self.detector, waiting);
-            // Whoever looks after the directory makes the line ready again: at once would be a busy loop.
             drop(inner);
+            self.site.put_back.store(true, Ordering::Relaxed);
             self.site.done();
-            self.site.changed.notify_one();
         }
     }
 }
@@ -1121,6 +1164,11 @@ fn read(dir: BorrowedFd<'_>, name: &[u8], look: &Look, buffer: &mut Vec<u8>) -> 
     // One byte more than there should be: a file that grew is noticed without another call.
     (&mut file).take(look.size + 1).read_to_end(buffer)?;
     Ok(buffer.len() as u64 == look.size && tree::look_at(&file)?.same_content(look))
+}
+
+/// A claim's own key in line: no file can be called that.
+fn key_of(claim: &Claim) -> Key {
+    Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() }
 }
 
 fn put_back(claim: &Claim) {

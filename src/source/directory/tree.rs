@@ -60,6 +60,11 @@ pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, DIRECTORY, Mode::empty())?)
 }
 
+/// Looks at what a configured path leads to.
+pub(super) fn look_along(path: &Path) -> io::Result<Look> {
+    Ok(Look::new(&rustix::fs::stat(path)?))
+}
+
 /// Opens the directory `rel` (components between slashes, empty for `root` itself) below `root`, on the same file system.
 pub(super) fn open_below(root: BorrowedFd<'_>, rel: &[u8]) -> io::Result<OwnedFd> {
     walk(root, rel, |_, _| Ok(()))
