@@ -480,7 +480,8 @@ fn a11_a_link_swapped_in_between_looking_and_opening_leaks_nothing() {
     }
     let written = written.into_inner();
     engine.until_accepted(written.len() as u64);
-    assert!(written.len() > 10 && swaps > 1000, "a race: {swaps} swaps, {} files", written.len());
+    // How many files come through is luck: one that is a link at each look is not taken while the race lasts.
+    assert!(swaps > 1000, "a race: {swaps} swaps, {} files", written.len());
     assert!(site.log().matches("symbolic link").count() < 10, "the log is not filled with it");
     assert_eq!(nothing_lost(&[&engine], &written), 0);
     until(&daemon, "nothing is pending", |it| it.count(PENDING, "") == 0 && it.equation_holds().is_ok());
