@@ -202,6 +202,14 @@ impl Outlet {
     }
 }
 
+impl Drop for Outlet {
+    fn drop(&mut self) {
+        // Offers that were pulled and had no room yet go back to their sources, which wait for them when they stop.
+        let left: Vec<Offer> = self.shared.lock().lines.values_mut().filter_map(|slot| slot.offer.take()).collect();
+        drop(left);
+    }
+}
+
 enum Look {
     Delivery(Delivery),
     Again,

@@ -197,14 +197,16 @@ fn a4_when_the_kernel_drops_events_a_scan_finds_everything() {
     };
     let mut daemon = site.run();
     drop((short, settings));
+    let put_one = |n: u64| {
+        put(&site.drop_dir("Cam"), &format!("{n}.jpg"), &image(n));
+        hash(&image(n))
+    };
+    // Ready is not yet watching: a first frame shows that it is.
+    let first = put_one(FILES);
+    engine.until_accepted(1);
     // While it stands still, nothing is read from the queue.
     daemon.signal(Signal::STOP);
-    let written: Vec<Hash> = (0..FILES)
-        .map(|n| {
-            put(&site.drop_dir("Cam"), &format!("{n}.jpg"), &image(n));
-            hash(&image(n))
-        })
-        .collect();
+    let written: Vec<Hash> = (0..FILES).map(put_one).chain([first]).collect();
     daemon.signal(Signal::CONT);
     let samples = daemon.idle(PATIENCE * 2);
     assert_eq!(nothing_lost(&[&engine], &written), 0);

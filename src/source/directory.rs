@@ -85,6 +85,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
                 let root = Arc::new(root);
                 site.root.store(Some(root.clone()));
                 site.deliver();
+                site.put_back.store(false, Ordering::Relaxed);
                 site.nudge();
                 serve_root(site, &root, stop).await;
                 if !stop.is_cancelled() {
@@ -215,24 +216,30 @@ async fn drain(site: &Arc<Site>) {
 async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>, finished: &CancellationToken) {
     let mut stuck: Vec<Settled> = Vec::new();
     let mut batch = Vec::new();
+    let mut again = Instant::now();
     loop {
         tokio::select! {
             biased;
+            () = tokio::time::sleep_until(again), if !stuck.is_empty() => {
+                stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
+                again = Instant::now() + SETTLE_AGAIN;
+                if stuck.is_empty() {
+                    site.deliver();
+                    site.nudge();
+                }
+            }
             n = settled.recv_many(&mut batch, BATCH) => {
                 let fresh = std::mem::take(&mut batch);
                 let left = settle_batch(site, fresh).await;
                 // What cannot be removed is remembered, and never published again while we live.
+                if stuck.is_empty() {
+                    again = Instant::now() + SETTLE_AGAIN;
+                }
                 stuck.extend(left);
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 for _ in 0..n {
                     site.done();
-                }
-            }
-            () = tokio::time::sleep(SETTLE_AGAIN), if !stuck.is_empty() => {
-                stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
-                site.stuck.store(stuck.len(), Ordering::Relaxed);
-                if stuck.is_empty() {
-                    site.deliver();
                 }
             }
             () = finished.cancelled() => return,

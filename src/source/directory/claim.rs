@@ -118,13 +118,24 @@ impl Root {
             if self.adopted().iter().any(|instance| instance.name == name.as_str()) {
                 continue;
             }
-            let Some(dead) = Instance::lock(self.hidden.as_fd(), name.as_str().to_owned(), false)? else { continue };
-            let dead = Arc::new(dead);
-            let before = claims.len();
-            self.list(&dead, dead.fd.as_fd(), &[], 0, &mut claims)?;
-            if claims.len() == before {
+            // One that gives trouble is tried again at the next scan, and holds up neither the others nor the scan.
+            let dead = match Instance::lock(self.hidden.as_fd(), name.as_str().to_owned(), false) {
+                Ok(Some(dead)) => Arc::new(dead),
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::warn!(%error, instance = %name, "the claims of a dead instance cannot be adopted yet");
+                    continue;
+                }
+            };
+            let mut its = Vec::new();
+            if let Err(error) = self.list(&dead, dead.fd.as_fd(), &[], 0, &mut its) {
+                tracing::warn!(%error, instance = %name, "the claims of a dead instance cannot be listed yet");
+                continue;
+            }
+            if its.is_empty() {
                 dead.remove(self.hidden.as_fd());
             } else {
+                claims.append(&mut its);
                 self.adopted().push(dead);
             }
         }
@@ -264,7 +275,11 @@ impl Claim {
 
     /// Removes it. Done already is done.
     pub(super) fn remove(&self) -> io::Result<()> {
-        let (place, name) = self.place(false)?;
+        let (place, name) = match self.place(false) {
+            // Somebody removed the whole directory: there is nothing left to remove.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
         match rustix::fs::unlinkat(&place, OsStr::from_bytes(&name), AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => return Err(error.into()),

@@ -447,8 +447,9 @@ impl Site {
 
     fn look_at_young_one(self: &Arc<Self>, key: &Key, looked: Option<&io::Result<Look>>, now: Instant) {
         let mut inner = self.inner();
-        let Some(detector) = self.detector_of(&inner, &key.dir) else { return };
         let Some(mut young) = inner.young.remove(key) else { return };
+        // No name, or no room for one more: the next scan refuses it and says so.
+        let Some(detector) = self.detector_of(&inner, &key.dir) else { return };
         let later = |inner: &mut Inner, young: Young| {
             inner.young.insert(key.clone(), Young { due: now + RETRY_AFTER, ..young });
         };
@@ -1102,7 +1103,8 @@ impl Registered {
 
 impl Line for SiteLine {
     fn next(&self) -> Option<Offer> {
-        if self.site.stopping.load(Ordering::Relaxed) {
+        // Right after one could not be taken, none is: whoever looks after the directory asks again within a second.
+        if self.site.stopping.load(Ordering::Relaxed) || self.site.put_back.load(Ordering::Relaxed) {
             return None;
         }
         let waiting = self.site.inner().window.next(&self.detector, Instant::now())?;
