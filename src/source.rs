@@ -10,10 +10,6 @@ use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio_util::sync::CancellationToken;
-
-use crate::metrics::Metrics;
-use crate::queue::Intake;
 
 /// One `[[detectors]]` entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -104,41 +100,4 @@ impl Health {
         *now = state;
         news
     }
-}
-
-impl Entry {
-    /// What is wrong with it: the key below `[[detectors]]`, and what would be right.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if self.name.is_empty() {
-            problems.push(("name", "is missing: the engine needs a `detectorName`".to_owned()));
-        } else if let Err(error) = directory::Template::parse(&self.name) {
-            problems.push(("name", error.to_string()));
-        }
-        if self.time_zone.is_empty() {
-            problems.push(("time_zone", "is missing: give an IANA name such as `America/Los_Angeles`".to_owned()));
-        } else if jiff::tz::TimeZone::get(&self.time_zone).is_err() {
-            problems.push(("time_zone", format!("`{}` is no IANA time zone", self.time_zone.escape_default())));
-        }
-        if !(self.rate.is_finite() && self.rate >= 0.0) {
-            problems.push(("rate", "must be 0 (no limit) or a positive number of attempts per second".to_owned()));
-        }
-        if self.weight == 0 {
-            problems.push(("weight", "must be at least 1".to_owned()));
-        }
-        problems.extend(self.directory.problems());
-        problems
-    }
-}
-
-/// Runs one source until `stop`; returns when everything it had in hand is settled.
-pub async fn run(
-    entry: Arc<Entry>,
-    intake: Intake,
-    metrics: Arc<Metrics>,
-    max_frame: u64,
-    health: Health,
-    stop: CancellationToken,
-) {
-    directory::run(entry, intake, metrics, max_frame, health, stop).await;
 }

@@ -176,49 +176,6 @@ impl Config {
         }
         Ok(set.build()?)
     }
-
-    /// What is wrong with it: the key below `[[detectors]]`, and what would be right.
-    pub(crate) fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        let mut wrong = |key, why: String| problems.push((key, why));
-        if !self.path.is_absolute() {
-            wrong("directory.path", "must be the absolute path of the drop directory".to_owned());
-        }
-        if self.include.is_empty() {
-            wrong("directory.include", "must hold at least one glob, such as `*.jpg`".to_owned());
-        }
-        if let Err(error) = self.globs() {
-            wrong("directory.include", error.to_string());
-        }
-        for (key, value) in [
-            ("directory.quiet", self.quiet),
-            ("directory.partial_timeout", self.partial_timeout),
-            ("directory.rescan", self.rescan),
-        ] {
-            if value < Duration::from_millis(10) {
-                wrong(key, "must be at least 10ms".to_owned());
-            }
-        }
-        if let DetectTime::Name(from_name) = &self.detect_time
-            && let Err(error) = super::detect_time::compile(from_name)
-        {
-            wrong("directory.detect_time", format!("{error:#}"));
-        }
-        match (self.after_publish, &self.archive) {
-            (AfterPublish::Archive, None) => wrong(
-                "directory.archive",
-                "is missing: `after_publish = \"archive\"` needs a directory to put the files in".to_owned(),
-            ),
-            (_, Some(archive)) if !archive.is_absolute() => {
-                wrong("directory.archive", "must be an absolute path".to_owned());
-            }
-            (_, Some(archive)) if archive.starts_with(&self.path) => {
-                wrong("directory.archive", "must not be inside `directory.path`: its files would come back".to_owned());
-            }
-            (AfterPublish::Archive | AfterPublish::Delete, _) => {}
-        }
-        problems
-    }
 }
 
 /// A detector's name with its placeholders taken apart.
@@ -298,24 +255,6 @@ mod tests {
             assert!(toml::from_str::<Config>(bad).is_err(), "{bad}");
         }
         assert!(schemars::schema_for!(Config).as_object().is_some());
-    }
-
-    #[test]
-    fn every_problem_of_a_directory_is_reported_with_its_key() {
-        let config = Config {
-            path: "relative".into(),
-            include: vec!["[".into()],
-            quiet: Duration::ZERO,
-            detect_time: DetectTime::Name(FromName { name: r"\d+".into(), format: "%Y".into() }),
-            after_publish: AfterPublish::Archive,
-            ..Config::default()
-        };
-        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
-        let want = ["path", "include", "quiet", "detect_time", "archive"].map(|k| format!("directory.{k}"));
-        assert_eq!(keys, want);
-        let inside = Config { path: "/a".into(), archive: Some("/a/b".into()), ..Config::default() };
-        assert_eq!(inside.problems().len(), 1);
-        assert!(Config { path: "/a".into(), ..Config::default() }.problems().is_empty());
     }
 
     #[test]
