@@ -78,7 +78,11 @@ enum Command {
         shell: Shell,
     },
     /// Print the man page
-    Man,
+    Man {
+        /// Write a page for each command into this directory instead, which must exist
+        #[arg(long, value_name = "DIR")]
+        directory: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -121,7 +125,8 @@ impl Command {
             Command::Pin { url } => pin(&url),
             Command::Schema => print(&format!("{:#}\n", config::schema())),
             Command::Completions { shell } => completions(shell),
-            Command::Man => man(),
+            Command::Man { directory: Some(directory) } => man_pages(&directory),
+            Command::Man { directory: None } => man(),
         }
     }
 }
@@ -182,6 +187,12 @@ fn man() -> anyhow::Result<ExitCode> {
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
+fn man_pages(directory: &std::path::Path) -> anyhow::Result<ExitCode> {
+    clap_mangen::generate_to(Cli::command(), directory)
+        .with_context(|| format!("cannot write man pages into {}", directory.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 

@@ -223,6 +223,24 @@ fn schema_completions_and_man_are_what_they_say() {
 }
 
 #[test]
+fn the_man_pages_are_also_written_one_file_for_each_command() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().to_str().expect("a plain path");
+    let written = free(&["man", "--directory", path]);
+    assert!(written.status.success() && written.stdout.is_empty(), "{}", all_of(&written));
+    for command in COMMANDS.iter().map(|name| format!("framegate-{name}")).chain(["framegate".to_owned()]) {
+        let page = std::fs::read_to_string(dir.path().join(format!("{command}.1"))).expect("its page");
+        // In a page's title the dashes stand as they are.
+        assert!(page.contains(&format!(".TH {command} 1")), "{command}: {page}");
+    }
+    let page = std::fs::read_to_string(dir.path().join("framegate-dead-letter-retry.1")).expect("its page");
+    assert!(page.contains("dead\\-letter retry"), "{page}");
+    let refused = free(&["man", "--directory", "/proc/nowhere"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text_of(&refused.stderr).contains("/proc/nowhere"), "{}", all_of(&refused));
+}
+
+#[test]
 fn every_command_has_a_help_and_the_whole_names_them_all() {
     let whole = text_of(&free(&["--help"]).stdout);
     for command in COMMANDS {
