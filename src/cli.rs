@@ -18,6 +18,7 @@ use clap_complete::Shell;
 
 use crate::config::{self, Environment, Loaded};
 use crate::control::{self, Request};
+use crate::log;
 use crate::publish as engine;
 
 const EXAMPLES: &str = "\
@@ -101,7 +102,7 @@ impl Cli {
             // Nobody reads any more (`framegate … | head`): not an error worth words.
             Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
             Err(error) => {
-                drop(writeln!(io::stderr(), "framegate: {error:#}"));
+                drop(writeln!(io::stderr(), "{}", log::complaint(&format!("framegate: {error:#}"))));
                 ExitCode::FAILURE
             }
         }
@@ -134,7 +135,7 @@ impl Command {
 /// Reads the configuration; problems are printed, all of them, and the exit code is theirs.
 fn load(path: &std::path::Path) -> Result<Loaded, ExitCode> {
     config::load(path, &Environment::from_process()).map_err(|problems| {
-        drop(writeln!(io::stderr(), "{problems}"));
+        drop(writeln!(io::stderr(), "{}", log::complaint(&problems.to_string())));
         ExitCode::from(check::EXIT_CONFIG)
     })
 }
@@ -186,13 +187,13 @@ fn man() -> anyhow::Result<ExitCode> {
     print(&String::from_utf8_lossy(&text))
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn man_pages(directory: &std::path::Path) -> anyhow::Result<ExitCode> {
     clap_mangen::generate_to(Cli::command(), directory)
         .with_context(|| format!("cannot write man pages into {}", directory.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 

@@ -90,6 +90,16 @@ pub fn init(config: &Config) -> anyhow::Result<Handle> {
     Ok(handle)
 }
 
+/// What a command complains about on standard error without the log: as it is, or under journald with each line's priority.
+pub fn complaint(text: &str) -> String {
+    if journald_reads_stderr() { with_priority(Level::ERROR, text) } else { text.to_owned() }
+}
+
+fn with_priority(level: Level, text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(|line| format!("<{}>{line}", priority(level))).collect();
+    lines.join("\n")
+}
+
 #[derive(Clone, Copy)]
 enum Look {
     Text { colours: bool },
@@ -361,6 +371,12 @@ mod tests {
             let value: serde_json::Value = serde_json::from_str(line).unwrap();
             assert!(value["message"].is_string() && value["level"].is_string(), "{line}");
         }
+    }
+
+    #[test]
+    fn each_line_of_a_complaint_has_its_priority_under_journald_only() {
+        assert_eq!(with_priority(Level::ERROR, "two:\nlines"), "<3>two:\n<3>lines");
+        assert_eq!(complaint("two:\nlines"), "two:\nlines", "nobody tests under journald");
     }
 
     #[test]

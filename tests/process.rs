@@ -253,6 +253,18 @@ fn a_bad_configuration_ends_the_start_with_78_and_every_problem() {
 }
 
 #[test]
+fn a_start_that_fails_says_why_once() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let site =
+        Site::new("http://127.0.0.1:9").detector("Lobby", "UTC", "").environment("FRAMEGATE_ADMIN__LISTEN", &address);
+    assert_eq!(site.start().wait().code(), Some(1));
+    let log = site.log();
+    assert_eq!(log.matches("cannot listen on").count(), 1, "{log}");
+    assert!(log.contains("ERROR") && log.contains("cannot run: "), "{log}");
+}
+
+#[test]
 fn e3_a_secret_that_others_can_read_ends_the_start_with_78_and_says_chmod() {
     let site = Site::new("http://127.0.0.1:9").detector("Lobby", "UTC", "");
     let secret = site.path().join("engine-password");

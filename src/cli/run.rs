@@ -39,11 +39,10 @@ pub(super) fn run(path: &Path) -> anyhow::Result<ExitCode> {
     });
     // An encode worker cannot be aborted; what it claims is found at the next start.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-    if let Err(error) = &result {
-        let error: &anyhow::Error = error;
+    Ok(result.unwrap_or_else(|error: anyhow::Error| {
         tracing::error!("cannot run: {error:#}");
-    }
-    result
+        ExitCode::FAILURE
+    }))
 }
 
 /// As many file descriptors as we may have: the usual soft limit of 1024 is for programs that call select(2), and each
