@@ -13,13 +13,18 @@ use crate::secret::Secret;
 pub struct SecretPlaces {
     credentials: Option<PathBuf>,
     beside: PathBuf,
+    store: PathBuf,
 }
+
+/// Where systemd takes a service's credentials from; for root alone.
+const CREDENTIAL_STORE: &str = "/etc/credstore";
 
 impl SecretPlaces {
     /// For the configuration file `config`.
     pub fn new(credentials: Option<PathBuf>, config: &Path) -> Self {
         let config = std::path::absolute(config).unwrap_or_else(|_| config.to_owned());
-        Self { credentials, beside: config.parent().map(Path::to_owned).unwrap_or_default() }
+        let beside = config.parent().map(Path::to_owned).unwrap_or_default();
+        Self { credentials, beside, store: CREDENTIAL_STORE.into() }
     }
 
     /// See [`Settings::secret_path`].
@@ -28,6 +33,8 @@ impl SecretPlaces {
         match &self.credentials {
             // A file that is nowhere is missed where systemd would have put it.
             Some(credentials) if credentials.join(file).exists() || !beside.exists() => credentials.join(file),
+            // A command by hand: as the service would have it.
+            None if !beside.exists() && self.store.join(file).exists() => self.store.join(file),
             Some(_) | None => beside,
         }
     }
@@ -119,6 +126,30 @@ fn plain(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_finds_the_secret_that_the_service_will_be_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, etc) = (dir.path().join("credstore"), dir.path().join("etc"));
+        std::fs::create_dir_all(&store).unwrap();
+        std::fs::create_dir_all(&etc).unwrap();
+        let places = |credentials: Option<&Path>| SecretPlaces {
+            credentials: credentials.map(Path::to_owned),
+            beside: etc.clone(),
+            store: store.clone(),
+        };
+        let file = Path::new("pw");
+        assert_eq!(places(None).resolve(file), etc.join("pw"), "missing everywhere");
+        std::fs::write(store.join("pw"), "x").unwrap();
+        assert_eq!(places(None).resolve(file), store.join("pw"));
+        assert_eq!(
+            places(Some(dir.path())).resolve(file),
+            dir.path().join("pw"),
+            "the service has only what it is given"
+        );
+        std::fs::write(etc.join("pw"), "x").unwrap();
+        assert_eq!(places(None).resolve(file), etc.join("pw"));
+    }
 
     #[test]
     fn a_relative_secret_is_a_credential_else_beside_the_configuration() {
