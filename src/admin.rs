@@ -55,19 +55,6 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// What is allowed and yet worth a warning.
-    pub fn warnings(&self) -> Vec<String> {
-        if self.listen.ip().to_canonical().is_loopback() {
-            return Vec::new();
-        }
-        vec![format!(
-            "admin.listen = \"{}\" is not a loopback address: whoever reaches it reads metrics and status without a password",
-            self.listen
-        )]
-    }
-}
-
 /// What the server shows. Each function is called for a request and must only read what is at hand.
 pub struct View {
     /// `/metrics`
@@ -259,13 +246,10 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_is_strict_and_warns_about_open_addresses() {
+    fn the_configuration_is_strict() {
         let parsed: Config = toml::from_str("listen = \"127.0.0.1:1\"").unwrap();
         assert_eq!(parsed.control, Config::default().control);
         assert!(toml::from_str::<Config>("port = 1").is_err());
-        assert!(parsed.warnings().is_empty());
-        let open = Config { listen: "0.0.0.0:9464".parse().unwrap(), ..Config::default() };
-        assert_eq!(open.warnings().len(), 1);
     }
 
     #[test]

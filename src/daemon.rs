@@ -249,6 +249,8 @@ impl Daemon {
     /// Takes nothing more, publishes what is in hand until the deadline, gives the rest back. `hurry` cancelled ends at once.
     pub async fn stop(mut self, hurry: CancellationToken) {
         self.surroundings.notify.stopping();
+        // Draining has a deadline of its own: nobody needs to watch whether this loop turns.
+        drop(self.beat);
         tracing::info!(deadline = ?self.settings.shutdown.deadline, "stopping: nothing more is taken; frames in hand are published until the deadline");
         for source in &self.sources {
             source.stop.cancel();
@@ -470,10 +472,12 @@ fn view(shared: &Arc<Shared>) -> admin::View {
         metrics: shared.metrics.clone(),
         alive: Box::new(move || alive.watchdog.alive()),
         ready: Box::new(move || {
-            let held = |(entry, health): &(Arc<Entry>, Health)| {
-                health.held().map(|why| format!("detector {}: {why}", entry.name))
+            let not_ready = |(entry, health): &(Arc<Entry>, Health)| match health.get() {
+                source::State::Ok => None,
+                source::State::Starting => Some(format!("detector {}: has not looked for frames yet", entry.name)),
+                source::State::Held(why) => Some(format!("detector {}: {why}", entry.name)),
             };
-            let mut reasons: Vec<_> = ready.sources().iter().filter_map(held).collect();
+            let mut reasons: Vec<_> = ready.sources().iter().filter_map(not_ready).collect();
             if let Err(error) = ready.dead_letters.usable() {
                 reasons.push(format!("dead_letter.directory: {error}"));
             }
