@@ -123,8 +123,7 @@ fn a_wrong_password_an_engine_that_is_away_and_a_port_that_is_not_tls_are_told_a
 #[test]
 fn root_looks_with_the_rights_of_the_user_it_names() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: looking as another user needs root");
-        return;
+        return support::faults::skipped("root_looks_with_the_rights_of_the_user_it_names", "it needs root");
     }
     let engine = Engine::start();
     let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
