@@ -224,6 +224,15 @@ pub struct DetectorMetrics {
     sources: Mutex<u32>,
     up_now: AtomicU64,
     last_frame_ms: AtomicI64,
+    delivered: Deliveries,
+}
+
+/// Deliveries since they were last taken.
+#[derive(Default)]
+struct Deliveries {
+    count: AtomicU64,
+    micros: AtomicU64,
+    micros_max: AtomicU64,
 }
 
 #[derive(Default)]
@@ -234,6 +243,8 @@ struct Counts {
     dropped: AtomicU64,
     returned: AtomicU64,
     refused: AtomicU64,
+    /// Of `dead_lettered`, in the order of [`Reason::ALL`].
+    by_reason: [AtomicU64; Reason::ALL.len()],
 }
 
 /// What `/status` shows of one detector.
@@ -309,6 +320,7 @@ impl DetectorMetrics {
             sources: Mutex::default(),
             up_now: AtomicU64::new(0),
             last_frame_ms: AtomicI64::new(0),
+            delivered: Deliveries::default(),
             pending: AtomicI64::new(0),
             counts: Counts::default(),
             name,
@@ -335,6 +347,10 @@ impl DetectorMetrics {
         self.published.increment(1);
         self.published_bytes.increment(image_bytes);
         self.delivery.record(delivery.as_secs_f64());
+        let micros = u64::try_from(delivery.as_micros()).unwrap_or(u64::MAX);
+        self.delivered.count.fetch_add(1, Ordering::Relaxed);
+        self.delivered.micros.fetch_add(micros, Ordering::Relaxed);
+        self.delivered.micros_max.fetch_max(micros, Ordering::Relaxed);
         self.age.record(age.as_secs_f64());
         self.counts.published.fetch_add(1, Ordering::Relaxed);
         self.add_pending(-1);
@@ -346,7 +362,21 @@ impl DetectorMetrics {
             counter.increment(1);
         }
         self.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
+        self.counts.by_reason[reason as usize].fetch_add(1, Ordering::Relaxed);
         self.add_pending(-1);
+    }
+
+    /// Dead letters since the start, by reason.
+    pub fn dead_lettered_by_reason(&self) -> impl Iterator<Item = (Reason, u64)> {
+        Reason::ALL.into_iter().map(|reason| (reason, self.counts.by_reason[reason as usize].load(Ordering::Relaxed)))
+    }
+
+    /// Mean and longest delivery since this was last asked; `None`: nothing was published. For one asker only.
+    pub fn take_delivery(&self) -> Option<(Duration, Duration)> {
+        let count = self.delivered.count.swap(0, Ordering::Relaxed);
+        let micros = self.delivered.micros.swap(0, Ordering::Relaxed);
+        let max = self.delivered.micros_max.swap(0, Ordering::Relaxed);
+        (count > 0).then(|| (Duration::from_micros(micros / count), Duration::from_micros(max)))
     }
 
     /// `n` frames were dropped; `reason` is one of [`DROP_REASONS`].
