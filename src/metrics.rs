@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -74,6 +74,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("clock_skew_seconds", G, "This box's clock minus the engine's Date."),
     ("detector_up", G, "1 while the detector's source can deliver."),
     ("detector_last_frame_timestamp_seconds", G, "When the detector's last frame was noticed."),
+    (
+        "detector_silence_alarm_seconds",
+        G,
+        "The detector's silence_alarm; +Inf where none is set, 0 where the detector is not configured any more.",
+    ),
     ("detect_times_corrected_total", C, "Detection times that were absurd and replaced by the time of arrival."),
     ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
@@ -214,6 +219,9 @@ pub struct DetectorMetrics {
     pending_gauge: Gauge,
     last_frame: Gauge,
     up: Gauge,
+    silence_alarm: Gauge,
+    /// How many sources serve the detector.
+    sources: Mutex<u32>,
     up_now: AtomicU64,
     last_frame_ms: AtomicI64,
     delivered: Deliveries,
@@ -308,6 +316,8 @@ impl DetectorMetrics {
             pending_gauge: gauge("frames_pending"),
             last_frame: gauge("detector_last_frame_timestamp_seconds"),
             up: gauge("detector_up"),
+            silence_alarm: gauge("detector_silence_alarm_seconds"),
+            sources: Mutex::default(),
             up_now: AtomicU64::new(0),
             last_frame_ms: AtomicI64::new(0),
             delivered: Deliveries::default(),
@@ -389,6 +399,27 @@ impl DetectorMetrics {
         self.counts.refused.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// A source serves the detector from now on, with this alarm.
+    pub fn served(&self, silence_alarm: Option<Duration>) {
+        *self.sources() += 1;
+        self.silence_alarm.set(silence_alarm.map_or(f64::INFINITY, |alarm| alarm.as_secs_f64()));
+    }
+
+    /// A source has ended. After the last one the detector is not configured any more, and no alarm may be about it; but a
+    /// reload that changes an entry ends its former source after the new one began.
+    pub fn left(&self) {
+        let mut sources = self.sources();
+        *sources = sources.saturating_sub(1);
+        if *sources == 0 {
+            self.up(false);
+            self.silence_alarm.set(0.0);
+        }
+    }
+
+    fn sources(&self) -> MutexGuard<'_, u32> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether the detector's source can deliver.
     pub fn up(&self, up: bool) {
         self.up.set(f64::from(u8::from(up)));
@@ -457,6 +488,27 @@ mod tests {
         let text = metrics.render();
         assert!(text.contains(r#"framegate_frames_pending{detector="Cam \"1\""} 1"#), "{text}");
         assert!(text.contains("# HELP framegate_frames_pending "));
+    }
+
+    #[test]
+    fn a_detector_shows_its_alarm_until_its_last_source_has_left() {
+        let metrics = Metrics::new();
+        let cam = metrics.detector("Cam");
+        let shows = |alarm: &str, up: u8| {
+            let text = metrics.render();
+            let alarm = format!("framegate_detector_silence_alarm_seconds{{detector=\"Cam\"}} {alarm}\n");
+            let up = format!("framegate_detector_up{{detector=\"Cam\"}} {up}\n");
+            assert!(text.contains(&alarm) && text.contains(&up), "{alarm}{up}{text}");
+        };
+        shows("0", 0);
+        cam.served(None);
+        cam.up(true);
+        shows("inf", 1);
+        cam.served(Some(Duration::from_mins(10)));
+        cam.left();
+        shows("600", 1);
+        cam.left();
+        shows("0", 0);
     }
 
     #[test]
