@@ -1,22 +1,28 @@
-//! The admin server: `/metrics`, `/healthz`, `/readyz` and `/status`. It only reads, answers GET and nothing else, and knows
+//! The admin server: the status page, `/metrics`, `/healthz`, `/readyz` and `/status`. It only reads, answers GET and nothing else, and knows
 //! nothing of what it shows: the daemon hands it a [`View`].
 //!
 //! Not here: the commands that change something. They go over the control socket, whose users are known.
 
+pub mod page;
+
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{BoxStream, FuturesUnordered};
 use futures_util::{FutureExt as _, StreamExt as _};
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
+use http_body_util::{Either, Full, StreamBody};
+use hyper::body::{Bytes, Frame, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -24,8 +30,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use self::page::Shown;
 use crate::metrics::Metrics;
 
 /// Connections served at once; the others wait in the kernel.
@@ -36,6 +45,12 @@ const CONNECTION_MAX: Duration = Duration::from_secs(10);
 const HEAD_MAX: Duration = Duration::from_secs(5);
 /// Bytes that a connection may buffer; only a head is ever read.
 const BUFFER_MAX: usize = 16 << 10;
+/// Browsers that the status page is kept live for at once.
+const LIVE_MAX: usize = 8;
+/// From a live connection's begin to its end; the browser comes back by itself.
+const LIVE_TIME_MAX: Duration = Duration::from_hours(1);
+/// Between two looks for a live page.
+const LIVE_EVERY: Duration = Duration::from_secs(1);
 /// After `accept` failed, which it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -55,19 +70,6 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// What is allowed and yet worth a warning.
-    pub fn warnings(&self) -> Vec<String> {
-        if self.listen.ip().to_canonical().is_loopback() {
-            return Vec::new();
-        }
-        vec![format!(
-            "admin.listen = \"{}\" is not a loopback address: whoever reaches it reads metrics and status without a password",
-            self.listen
-        )]
-    }
-}
-
 /// What the server shows. Each function is called for a request and must only read what is at hand.
 pub struct View {
     /// `/metrics`
@@ -78,6 +80,8 @@ pub struct View {
     pub ready: Box<dyn Fn() -> Vec<String> + Send + Sync>,
     /// `/status`: an object; its `engine` is also shown with the health.
     pub status: Box<dyn Fn() -> Value + Send + Sync>,
+    /// What the status page shows.
+    pub shown: Box<dyn Fn() -> Shown + Send + Sync>,
 }
 
 impl fmt::Debug for View {
@@ -89,13 +93,14 @@ impl fmt::Debug for View {
 /// Serves until stopped. Every connection is for one request.
 pub async fn serve(listener: TcpListener, view: Arc<View>, stop: CancellationToken) {
     let mut connections = FuturesUnordered::new();
+    let live = Arc::new(Semaphore::new(LIVE_MAX));
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             Some(_) = connections.next() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 // A panic costs one answer.
-                Ok((stream, _)) => connections.push(AssertUnwindSafe(connection(stream, view.clone())).catch_unwind()),
+                Ok((stream, _)) => connections.push(AssertUnwindSafe(connection(stream, view.clone(), live.clone())).catch_unwind()),
                 Err(error) => {
                     tracing::debug!(%error, "the admin server could not accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -105,9 +110,21 @@ pub async fn serve(listener: TcpListener, view: Arc<View>, stop: CancellationTok
     }
 }
 
-async fn connection(stream: TcpStream, view: Arc<View>) {
+async fn connection(stream: TcpStream, view: Arc<View>, live: Arc<Semaphore>) {
+    let is_live = Arc::new(AtomicBool::new(false));
+    let turned_live = is_live.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let answer = answer(request.method(), request.uri().path(), &view);
+        let answer = if request.uri().path() == "/events" && request.method() == Method::GET {
+            match live.clone().try_acquire_owned() {
+                Ok(permit) => {
+                    turned_live.store(true, Ordering::Relaxed);
+                    events(view.clone(), permit)
+                }
+                Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "too many pages are live\n".into()).map(Either::Left),
+            }
+        } else {
+            answer(request.method(), request.uri().path(), &view).map(Either::Left)
+        };
         async move { Ok::<_, Infallible>(answer) }
     });
     let connection = http1::Builder::new()
@@ -116,21 +133,53 @@ async fn connection(stream: TcpStream, view: Arc<View>) {
         .max_buf_size(BUFFER_MAX)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    match tokio::time::timeout(CONNECTION_MAX, connection).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "an admin connection failed"),
-        Err(_) => tracing::debug!("an admin connection was too slow"),
+    let too_long = async {
+        tokio::time::sleep(CONNECTION_MAX).await;
+        if is_live.load(Ordering::Relaxed) {
+            tokio::time::sleep(LIVE_TIME_MAX).await;
+        }
+    };
+    tokio::select! {
+        ended = connection => if let Err(error) = ended { tracing::debug!(%error, "an admin connection failed") },
+        () = too_long => tracing::debug!("an admin connection was ended: it took too long"),
     }
 }
 
+type Body = Either<Full<Bytes>, StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>>;
+
+/// Server-sent events: the page's sections whenever they change. A reader that is slow gets fewer of them.
+fn events(view: Arc<View>, permit: OwnedSemaphorePermit) -> Response<Body> {
+    let mut every = tokio::time::interval(LIVE_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let begin = (view, every, BTreeMap::new(), permit);
+    let stream = futures_util::stream::unfold(begin, async |(view, mut every, mut seen, permit)| {
+        every.tick().await;
+        let sections = page::sections(&(view.shown)());
+        let news: BTreeMap<_, _> = sections.into_iter().filter(|(id, section)| seen.get(id) != Some(section)).collect();
+        // Without news a comment: it shows that the connection lives.
+        let text = if news.is_empty() { ":\n\n".into() } else { format!("event: sections\ndata: {}\n\n", json!(news)) };
+        seen.extend(news);
+        Some((Ok(Frame::data(Bytes::from(text))), (view, every, seen, permit)))
+    });
+    let headers = response(StatusCode::OK, "text/event-stream", String::new());
+    headers.map(|_| Either::Right(StreamBody::new(stream.boxed())))
+}
+
 fn answer(method: &Method, path: &str, view: &View) -> Response<Full<Bytes>> {
-    let known = matches!(path, "/metrics" | "/healthz" | "/readyz" | "/status");
+    let known = matches!(path, "/" | "/events" | "/metrics" | "/healthz" | "/readyz" | "/status");
     if known && method != Method::GET {
         let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".into());
         answer.headers_mut().insert(ALLOW, http::HeaderValue::from_static("GET"));
         return answer;
     }
     match path {
+        "/" => {
+            let mut page = response(StatusCode::OK, "text/html; charset=utf-8", page::page(&(view.shown)()));
+            let policy = http::HeaderValue::from_str(&page::CONTENT_SECURITY_POLICY).expect("hashes are plain text");
+            page.headers_mut().insert(CONTENT_SECURITY_POLICY, policy);
+            page.headers_mut().insert(REFERRER_POLICY, http::HeaderValue::from_static("no-referrer"));
+            page
+        }
         "/metrics" => text(StatusCode::OK, view.metrics.render()),
         "/healthz" => {
             let alive = (view.alive)();
@@ -143,7 +192,7 @@ fn answer(method: &Method, path: &str, view: &View) -> Response<Full<Bytes>> {
             json(status, &json!({ "ready": reasons.is_empty(), "reasons": reasons, "engine": engine(view) }))
         }
         "/status" => json(StatusCode::OK, &(view.status)()),
-        _ => text(StatusCode::NOT_FOUND, "here are /metrics, /healthz, /readyz and /status\n".into()),
+        _ => text(StatusCode::NOT_FOUND, "here are /, /metrics, /healthz, /readyz and /status\n".into()),
     }
 }
 
@@ -165,6 +214,7 @@ fn response(status: StatusCode, content_type: &'static str, body: String) -> Res
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
     response.headers_mut().insert(CACHE_CONTROL, http::HeaderValue::from_static("no-store"));
+    response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, http::HeaderValue::from_static("nosniff"));
     response
 }
 
@@ -183,6 +233,7 @@ mod tests {
             alive: Box::new(move || alive.clone()),
             ready: Box::new(move || reasons.clone()),
             status: Box::new(|| json!({ "version": "1", "engine": { "state": "unreachable" } })),
+            shown: Box::new(page::tests::shown),
         })
     }
 
@@ -259,13 +310,10 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_is_strict_and_warns_about_open_addresses() {
+    fn the_configuration_is_strict() {
         let parsed: Config = toml::from_str("listen = \"127.0.0.1:1\"").unwrap();
         assert_eq!(parsed.control, Config::default().control);
         assert!(toml::from_str::<Config>("port = 1").is_err());
-        assert!(parsed.warnings().is_empty());
-        let open = Config { listen: "0.0.0.0:9464".parse().unwrap(), ..Config::default() };
-        assert_eq!(open.warnings().len(), 1);
     }
 
     #[test]
@@ -280,6 +328,7 @@ mod tests {
                 *counted.lock().unwrap() += 1;
                 Value::Null
             }),
+            shown: Box::new(page::tests::shown),
         };
         assert_eq!(answer(&Method::GET, "/healthz", &view).status(), StatusCode::OK);
         assert_eq!(*reads.lock().unwrap(), 1);

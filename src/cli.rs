@@ -3,6 +3,7 @@
 mod check;
 mod dead_letter;
 mod demo;
+mod doctor;
 mod publish;
 mod run;
 mod simulate_engine;
@@ -27,6 +28,7 @@ Examples:
   framegate check                         read the configuration and say what it means
   framegate run                           the daemon, in the foreground
   framegate status                        how the running daemon is doing
+  framegate doctor                        what is wrong on this box, and what mends it
   framegate publish --detector Lobby a.jpg photos/   publish these by hand
   framegate dead-letter list              what the engine would not take, and why";
 
@@ -58,6 +60,8 @@ enum Command {
     Reload(ConfigArgs),
     /// Show how the running daemon is doing
     Status(status::Args),
+    /// On site: look at everything that goes wrong there, and say what to do
+    Doctor(doctor::Args),
     /// Publish files or directories by hand, and exit
     Publish(publish::Args),
     /// Look at, retry or remove frames that could not be published
@@ -116,6 +120,7 @@ impl Command {
             Command::Check(args) => Ok(check::run(&args.config)),
             Command::Reload(args) => reload(&args),
             Command::Status(args) => status::run(&args),
+            Command::Doctor(args) => doctor::run(&args),
             Command::Publish(args) => publish::run(&args),
             Command::DeadLetter(DeadLetterArgs { config, args }) => match load(&config.config) {
                 Ok(loaded) => dead_letter::run(&args, &loaded.settings.dead_letter.directory),
@@ -167,7 +172,13 @@ fn reload(args: &ConfigArgs) -> anyhow::Result<ExitCode> {
 
 fn pin(url: &str) -> anyhow::Result<ExitCode> {
     let report = runtime()?.block_on(engine::tls::fetch_pin(url))?;
-    print(&format!("pin_sha256 = [\"{}\"]\n", report.pin_sha256))
+    let ends = report.not_after.map_or_else(|| "?".into(), |at| at.strftime("%F").to_string());
+    // Comments in TOML, so that all of it can be pasted.
+    let (subject, issuer) = (report.subject.escape_debug(), report.issuer.escape_debug());
+    print(&format!(
+        "# {url}: \"{subject}\", issued by \"{issuer}\", valid until {ends}\npin_sha256 = [\"{}\"]\n",
+        report.pin_sha256
+    ))
 }
 
 fn completions(shell: Shell) -> anyhow::Result<ExitCode> {

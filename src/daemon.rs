@@ -2,6 +2,7 @@
 //!
 //! Not here: what a frame goes through (`pipeline`), what a signal or a command line means (`cli`).
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,10 +17,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::page;
 use crate::config::{self, Settings};
 use crate::control::{Answer, Request};
 use crate::encode::Encoder;
-use crate::metrics::{DetectorCounts, Metrics};
+use crate::history::History;
+use crate::metrics::{DetectorCounts, DetectorMetrics, Metrics};
 use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
 use crate::publish::{EngineStatus, Publisher, State};
@@ -30,6 +33,8 @@ use crate::{admin, control, log};
 
 /// Histograms fold their samples, gauges of the engine follow, the dead letters' janitor looks.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+/// How often the last hour is written on.
+const HISTORY_EVERY: Duration = Duration::from_secs(1);
 /// How often old dead letters are looked for.
 const TIDY_EVERY: Duration = Duration::from_mins(1);
 /// After the deadline: time for answers already on their way and for sources to take frames back.
@@ -74,6 +79,7 @@ struct Shared {
     admin: SocketAddr,
     started: Instant,
     sources: Mutex<Vec<(Arc<Entry>, Health)>>,
+    history: History,
     watchdog: Arc<Watchdog>,
 }
 
@@ -116,6 +122,12 @@ pub struct SourceStatus {
 #[expect(missing_docs, reason = "the field names are the documentation of the JSON")]
 pub struct DetectorStatus {
     pub name: String,
+    /// Frames published per second, of the last seconds.
+    pub rate: f64,
+    /// Mean way from noticed to accepted of the last frames, milliseconds.
+    pub delivery_ms: Option<f64>,
+    /// Longer than `silence_alarm` without a frame.
+    pub silent: bool,
     pub counts: DetectorCounts,
 }
 
@@ -147,6 +159,7 @@ impl Daemon {
             admin,
             started: Instant::now(),
             sources: Mutex::default(),
+            history: History::default(),
             watchdog: watchdog.clone(),
         });
         let stages =
@@ -249,6 +262,8 @@ impl Daemon {
     /// Takes nothing more, publishes what is in hand until the deadline, gives the rest back. `hurry` cancelled ends at once.
     pub async fn stop(mut self, hurry: CancellationToken) {
         self.surroundings.notify.stopping();
+        // Draining has a deadline of its own: nobody needs to watch whether this loop turns.
+        drop(self.beat);
         tracing::info!(deadline = ?self.settings.shutdown.deadline, "stopping: nothing more is taken; frames in hand are published until the deadline");
         for source in &self.sources {
             source.stop.cancel();
@@ -412,12 +427,8 @@ impl Shared {
     }
 
     fn status(&self) -> Status {
-        let detectors: Vec<_> = self
-            .metrics
-            .detectors()
-            .iter()
-            .map(|d| DetectorStatus { name: d.name.to_string(), counts: d.counts() })
-            .collect();
+        let sources = self.sources();
+        let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d, &sources)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -425,27 +436,75 @@ impl Shared {
             uptime_seconds: self.started.elapsed().as_secs(),
             admin: self.admin,
             engine: self.publisher.status(),
-            sources: self
-                .sources()
-                .iter()
-                .map(|(entry, health)| self.source_status(entry, health, &detectors))
-                .collect(),
+            sources: sources.iter().map(|(entry, health)| self.source_status(entry, health)).collect(),
             detectors,
             dead_letters,
             dead_letter_bytes,
         }
     }
 
-    fn source_status(&self, entry: &Entry, health: &Health, detectors: &[DetectorStatus]) -> SourceStatus {
-        let last = detectors.iter().find(|d| d.name == entry.name).and_then(|d| d.counts.last_frame_ms);
-        let quiet = last.map_or(self.started.elapsed(), |last| {
-            Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - last).unwrap_or(0))
-        });
+    fn detector_status(&self, detector: &DetectorMetrics, sources: &[(Arc<Entry>, Health)]) -> DetectorStatus {
+        let now = self.history.now(&detector.name);
+        let entry = sources.iter().find(|(entry, _)| *entry.name == *detector.name);
+        DetectorStatus {
+            name: detector.name.to_string(),
+            rate: now.rate,
+            delivery_ms: now.delivery.map(|time| time.as_secs_f64() * 1e3),
+            silent: entry.is_some_and(|(entry, _)| self.is_silent(entry)),
+            counts: detector.counts(),
+        }
+    }
+
+    fn source_status(&self, entry: &Entry, health: &Health) -> SourceStatus {
         SourceStatus {
             name: entry.name.clone(),
             path: entry.directory.path.clone(),
             held: health.held(),
-            silent: entry.silence_alarm.is_some_and(|alarm| quiet > alarm),
+            silent: self.is_silent(entry),
+        }
+    }
+
+    /// Longer than its alarm without a frame.
+    fn is_silent(&self, entry: &Entry) -> bool {
+        let Some(alarm) = entry.silence_alarm else { return false };
+        let last =
+            self.metrics.detectors().iter().find(|d| *d.name == *entry.name).and_then(|d| d.counts().last_frame_ms);
+        let quiet = last.map_or(self.started.elapsed(), |last| {
+            Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - last).unwrap_or(0))
+        });
+        quiet > alarm
+    }
+
+    /// What the status page shows.
+    fn shown(&self) -> page::Shown {
+        let status = self.status();
+        let mut dead_lettered = BTreeMap::new();
+        for (reason, count) in self.metrics.detectors().iter().flat_map(|detector| detector.dead_lettered_by_reason()) {
+            *dead_lettered.entry(reason).or_default() += count;
+        }
+        let row = |detector: DetectorStatus| page::Row {
+            hour: self.history.hour(&detector.name),
+            name: detector.name,
+            up: detector.counts.up,
+            silent: detector.silent,
+            rate: detector.rate,
+            delivery: detector.delivery_ms.map(|ms| Duration::from_secs_f64(ms / 1e3)),
+            pending: detector.counts.pending,
+            last_frame: detector.counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
+            published: detector.counts.published,
+        };
+        let held = |source: &SourceStatus| {
+            Some((source.name.clone(), source.path.display().to_string(), source.held.clone()?))
+        };
+        page::Shown {
+            version: status.version,
+            uptime: self.started.elapsed(),
+            now: Timestamp::now(),
+            engine: status.engine,
+            held: status.sources.iter().filter_map(held).collect(),
+            detectors: status.detectors.into_iter().map(row).collect(),
+            dead_letters: (status.dead_letters, status.dead_letter_bytes),
+            dead_lettered: dead_lettered.into_iter().collect(),
         }
     }
 
@@ -465,31 +524,39 @@ impl Shared {
 }
 
 fn view(shared: &Arc<Shared>) -> admin::View {
-    let (alive, ready, status) = (shared.clone(), shared.clone(), shared.clone());
+    let (alive, ready, status, shown) = (shared.clone(), shared.clone(), shared.clone(), shared.clone());
     admin::View {
         metrics: shared.metrics.clone(),
         alive: Box::new(move || alive.watchdog.alive()),
         ready: Box::new(move || {
-            let held = |(entry, health): &(Arc<Entry>, Health)| {
-                health.held().map(|why| format!("detector {}: {why}", entry.name))
+            let not_ready = |(entry, health): &(Arc<Entry>, Health)| match health.get() {
+                source::State::Ok => None,
+                source::State::Starting => Some(format!("detector {}: has not looked for frames yet", entry.name)),
+                source::State::Held(why) => Some(format!("detector {}: {why}", entry.name)),
             };
-            let mut reasons: Vec<_> = ready.sources().iter().filter_map(held).collect();
+            let mut reasons: Vec<_> = ready.sources().iter().filter_map(not_ready).collect();
             if let Err(error) = ready.dead_letters.usable() {
                 reasons.push(format!("dead_letter.directory: {error}"));
             }
             reasons
         }),
         status: Box::new(move || serde_json::to_value(status.status()).unwrap_or_default()),
+        shown: Box::new(move || shown.shown()),
     }
 }
 
 /// Everything that is done now and then.
 async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
     let mut every = tokio::time::interval(UPKEEP_EVERY);
+    let mut look = tokio::time::interval(HISTORY_EVERY);
     let mut tidied: Option<Instant> = None;
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
+            _ = look.tick() => {
+                shared.history.look(&shared.metrics, Instant::now());
+                continue;
+            }
             _ = every.tick() => {}
         }
         shared.metrics.upkeep();

@@ -14,6 +14,7 @@
 pub mod frame;
 pub mod secret;
 
+pub mod history;
 pub mod metrics;
 pub mod settle;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -74,6 +74,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("clock_skew_seconds", G, "This box's clock minus the engine's Date."),
     ("detector_up", G, "1 while the detector's source can deliver."),
     ("detector_last_frame_timestamp_seconds", G, "When the detector's last frame was noticed."),
+    (
+        "detector_silence_alarm_seconds",
+        G,
+        "The detector's silence_alarm; +Inf where none is set, 0 where the detector is not configured any more.",
+    ),
     ("detect_times_corrected_total", C, "Detection times that were absurd and replaced by the time of arrival."),
     ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
@@ -214,8 +219,20 @@ pub struct DetectorMetrics {
     pending_gauge: Gauge,
     last_frame: Gauge,
     up: Gauge,
+    silence_alarm: Gauge,
+    /// How many sources serve the detector.
+    sources: Mutex<u32>,
     up_now: AtomicU64,
     last_frame_ms: AtomicI64,
+    delivered: Deliveries,
+}
+
+/// Deliveries since they were last taken.
+#[derive(Default)]
+struct Deliveries {
+    count: AtomicU64,
+    micros: AtomicU64,
+    micros_max: AtomicU64,
 }
 
 #[derive(Default)]
@@ -226,6 +243,8 @@ struct Counts {
     dropped: AtomicU64,
     returned: AtomicU64,
     refused: AtomicU64,
+    /// Of `dead_lettered`, in the order of [`Reason::ALL`].
+    by_reason: [AtomicU64; Reason::ALL.len()],
 }
 
 /// What `/status` shows of one detector.
@@ -297,8 +316,11 @@ impl DetectorMetrics {
             pending_gauge: gauge("frames_pending"),
             last_frame: gauge("detector_last_frame_timestamp_seconds"),
             up: gauge("detector_up"),
+            silence_alarm: gauge("detector_silence_alarm_seconds"),
+            sources: Mutex::default(),
             up_now: AtomicU64::new(0),
             last_frame_ms: AtomicI64::new(0),
+            delivered: Deliveries::default(),
             pending: AtomicI64::new(0),
             counts: Counts::default(),
             name,
@@ -325,6 +347,10 @@ impl DetectorMetrics {
         self.published.increment(1);
         self.published_bytes.increment(image_bytes);
         self.delivery.record(delivery.as_secs_f64());
+        let micros = u64::try_from(delivery.as_micros()).unwrap_or(u64::MAX);
+        self.delivered.count.fetch_add(1, Ordering::Relaxed);
+        self.delivered.micros.fetch_add(micros, Ordering::Relaxed);
+        self.delivered.micros_max.fetch_max(micros, Ordering::Relaxed);
         self.age.record(age.as_secs_f64());
         self.counts.published.fetch_add(1, Ordering::Relaxed);
         self.add_pending(-1);
@@ -336,7 +362,21 @@ impl DetectorMetrics {
             counter.increment(1);
         }
         self.counts.dead_lettered.fetch_add(1, Ordering::Relaxed);
+        self.counts.by_reason[reason as usize].fetch_add(1, Ordering::Relaxed);
         self.add_pending(-1);
+    }
+
+    /// Dead letters since the start, by reason.
+    pub fn dead_lettered_by_reason(&self) -> impl Iterator<Item = (Reason, u64)> {
+        Reason::ALL.into_iter().map(|reason| (reason, self.counts.by_reason[reason as usize].load(Ordering::Relaxed)))
+    }
+
+    /// Mean and longest delivery since this was last asked; `None`: nothing was published. For one asker only.
+    pub fn take_delivery(&self) -> Option<(Duration, Duration)> {
+        let count = self.delivered.count.swap(0, Ordering::Relaxed);
+        let micros = self.delivered.micros.swap(0, Ordering::Relaxed);
+        let max = self.delivered.micros_max.swap(0, Ordering::Relaxed);
+        (count > 0).then(|| (Duration::from_micros(micros / count), Duration::from_micros(max)))
     }
 
     /// `n` frames were dropped; `reason` is one of [`DROP_REASONS`].
@@ -357,6 +397,27 @@ impl DetectorMetrics {
     pub fn refused(&self, reason: &'static str) {
         count(&self.recorder.refused, reason, 1);
         self.counts.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A source serves the detector from now on, with this alarm.
+    pub fn served(&self, silence_alarm: Option<Duration>) {
+        *self.sources() += 1;
+        self.silence_alarm.set(silence_alarm.map_or(f64::INFINITY, |alarm| alarm.as_secs_f64()));
+    }
+
+    /// A source has ended. After the last one the detector is not configured any more, and no alarm may be about it; but a
+    /// reload that changes an entry ends its former source after the new one began.
+    pub fn left(&self) {
+        let mut sources = self.sources();
+        *sources = sources.saturating_sub(1);
+        if *sources == 0 {
+            self.up(false);
+            self.silence_alarm.set(0.0);
+        }
+    }
+
+    fn sources(&self) -> MutexGuard<'_, u32> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the detector's source can deliver.
@@ -427,6 +488,27 @@ mod tests {
         let text = metrics.render();
         assert!(text.contains(r#"framegate_frames_pending{detector="Cam \"1\""} 1"#), "{text}");
         assert!(text.contains("# HELP framegate_frames_pending "));
+    }
+
+    #[test]
+    fn a_detector_shows_its_alarm_until_its_last_source_has_left() {
+        let metrics = Metrics::new();
+        let cam = metrics.detector("Cam");
+        let shows = |alarm: &str, up: u8| {
+            let text = metrics.render();
+            let alarm = format!("framegate_detector_silence_alarm_seconds{{detector=\"Cam\"}} {alarm}\n");
+            let up = format!("framegate_detector_up{{detector=\"Cam\"}} {up}\n");
+            assert!(text.contains(&alarm) && text.contains(&up), "{alarm}{up}{text}");
+        };
+        shows("0", 0);
+        cam.served(None);
+        cam.up(true);
+        shows("inf", 1);
+        cam.served(Some(Duration::from_mins(10)));
+        cam.left();
+        shows("600", 1);
+        cam.left();
+        shows("0", 0);
     }
 
     #[test]

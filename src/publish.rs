@@ -8,6 +8,7 @@
 
 mod backoff;
 pub mod engine;
+pub mod examine;
 mod limit;
 mod state;
 pub mod tls;

@@ -197,7 +197,7 @@ fn pin_prints_what_engine_pin_sha256_takes_and_it_works() {
     let printed = free(&["pin", &engine.base_url()]);
     assert!(printed.status.success(), "{}", all_of(&printed));
     let line = text_of(&printed.stdout);
-    assert_eq!(line, format!("pin_sha256 = [\"{pin}\"]\n"));
+    assert!(line.starts_with("# https://") && line.ends_with(&format!("\npin_sha256 = [\"{pin}\"]\n")), "{line}");
     let site = Site::new(&engine.base_url()).engine_keys(&line).detector("Lobby", "UTC", "");
     let mut daemon = site.run();
     let written = vec![put_face(&site.drop_dir("Lobby"), 1)];

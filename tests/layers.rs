@@ -14,19 +14,20 @@ const LAYERS: &[(&str, &[&str])] = &[
     // One rung: the metrics count by settle's reasons, and what settles is counted.
     ("metrics", &["frame", "settle"]),
     ("settle", &["frame", "metrics"]),
+    ("history", &["metrics"]),
     ("queue", &["frame", "metrics", "settle"]),
     ("encode", &["frame", "metrics", "settle", "queue"]),
     ("publish", &["frame", "secret", "metrics", "settle"]),
     ("source", &["frame", "secret", "metrics", "settle", "queue", "encode"]),
     ("pipeline", &["frame", "metrics", "settle", "queue", "encode", "publish", "notify"]),
     ("control", &["frame", "metrics", "settle", "publish", "source"]),
-    ("admin", &["frame", "metrics", "settle", "publish", "source", "control"]),
+    ("admin", &["frame", "metrics", "settle", "history", "publish", "source", "control"]),
     ("config", &["frame", "secret", "settle", "queue", "encode", "publish", "source", "log", "control", "admin"]),
     (
         "daemon",
         &[
             "frame", "secret", "metrics", "settle", "queue", "encode", "publish", "source", "pipeline", "notify",
-            "log", "control", "admin", "config",
+            "log", "control", "admin", "config", "history",
         ],
     ),
     (

@@ -322,6 +322,24 @@ fn the_service_manager_hears_of_ready_reload_stop_and_the_watchdog() {
 }
 
 #[test]
+fn the_watchdog_is_fed_while_a_stop_waits_for_a_slow_engine() {
+    let manager = Manager::new();
+    let engine = Engine::with(|options| options.faults.latency = Duration::from_secs(7));
+    let site = manager.environment(site(&engine)).detector("Lobby", "UTC", "");
+    let mut daemon = site.run();
+    let written = vec![put_face(&site.drop_dir("Lobby"), 1)];
+    eventually("it is under way", PATIENCE, || (engine.counts().in_flight > 0).then_some(()));
+    daemon.signal(Signal::TERM);
+    manager.hears("the stop", |it| it.starts_with("STOPPING=1"));
+    // The time-out is 2 s, so this many pings are more than what was under way anyway.
+    for n in 1..=4 {
+        manager.hears(&format!("ping {n} while it drains"), |it| it == "WATCHDOG=1");
+    }
+    assert!(daemon.wait().success());
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+}
+
+#[test]
 fn d6_d8_a_suspended_daemon_pings_no_watchdog_and_goes_on_afterwards_without_a_storm() {
     let manager = Manager::new();
     let engine = slow_engine();

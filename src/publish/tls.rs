@@ -10,6 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use jiff::Timestamp;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -37,22 +38,42 @@ pub struct PinReport {
     pub subject: String,
     /// Common name of the issuer, if it has one.
     pub issuer: String,
-    /// First and last moment of validity, UTC.
-    pub validity: String,
+    /// First moment of validity.
+    pub not_before: Option<Timestamp>,
+    /// Last moment of validity.
+    pub not_after: Option<Timestamp>,
 }
 
 /// Fetches the public key of the server at `url`, trusting nothing that it says.
 pub async fn fetch_pin(url: &str) -> anyhow::Result<PinReport> {
+    let verifier = Verifier { provider: provider(), authority: None, trusted: Vec::new(), pins: None };
+    let certificate = handshake(url, with_verifier(verifier)?).await?;
+    let pin = pin_of(&certificate).map_err(|e| anyhow!("cannot read the server's certificate: {e}"))?;
+    let fields = Fields::read(&certificate).context("cannot read the server's certificate")?;
+    Ok(PinReport {
+        pin_sha256: STANDARD.encode(pin),
+        subject: common_name(fields.subject),
+        issuer: common_name(fields.issuer),
+        not_before: parse_time(fields.not_before),
+        not_after: parse_time(fields.not_after),
+    })
+}
+
+/// Whether the engine's certificate is trusted as `[engine]` says.
+pub(super) async fn try_handshake(config: &engine::Config) -> anyhow::Result<()> {
+    handshake(&config.base_url, client_config(config, true)?).await.map(drop)
+}
+
+/// Connects, shakes hands, and gives back the server's own certificate.
+async fn handshake(url: &str, config: ClientConfig) -> anyhow::Result<CertificateDer<'static>> {
     let url = reqwest::Url::parse(url).with_context(|| format!("`{url}` is no URL; expected https://host:port"))?;
     if url.scheme() != "https" {
         bail!("`{url}` is not https: there is no certificate to pin");
     }
     let host = url.host_str().context("the URL has no host")?.trim_matches(['[', ']']).to_owned();
     let port = url.port_or_known_default().unwrap_or(443);
-    let verifier = Verifier { provider: provider(), authority: None, trusted: Vec::new(), pins: None };
-    let config = with_verifier(verifier)?;
     let name = ServerName::try_from(host.clone()).with_context(|| format!("`{host}` is no host name"))?;
-    let certificate = tokio::time::timeout(PIN_TIMEOUT, async {
+    tokio::time::timeout(PIN_TIMEOUT, async {
         let stream =
             TcpStream::connect((&*host, port)).await.with_context(|| format!("cannot connect to {host}:{port}"))?;
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
@@ -63,15 +84,7 @@ pub async fn fetch_pin(url: &str) -> anyhow::Result<PinReport> {
         certificates.first().cloned().context("the server showed no certificate")
     })
     .await
-    .with_context(|| format!("no answer from {host}:{port} within {PIN_TIMEOUT:?}"))??;
-    let pin = pin_of(&certificate).map_err(|e| anyhow!("cannot read the server's certificate: {e}"))?;
-    let fields = Fields::read(&certificate).context("cannot read the server's certificate")?;
-    Ok(PinReport {
-        pin_sha256: STANDARD.encode(pin),
-        subject: common_name(fields.subject),
-        issuer: common_name(fields.issuer),
-        validity: format!("{} to {}", show_time(fields.not_before), show_time(fields.not_after)),
-    })
+    .with_context(|| format!("no answer from {host}:{port} within {PIN_TIMEOUT:?}"))?
 }
 
 /// The client's configuration as `[engine]` says.
@@ -289,7 +302,7 @@ fn der(input: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 }
 
 /// `UTCTime` (two digits of the year) or `GeneralizedTime`.
-fn parse_time(text: &[u8]) -> Option<jiff::Timestamp> {
+fn parse_time(text: &[u8]) -> Option<Timestamp> {
     let text = std::str::from_utf8(text).ok()?.strip_suffix('Z')?;
     let full = match text.len() {
         12 if text < "50" => format!("20{text}"),
@@ -298,10 +311,6 @@ fn parse_time(text: &[u8]) -> Option<jiff::Timestamp> {
     };
     let time = jiff::civil::DateTime::strptime("%Y%m%d%H%M%S", full).ok()?;
     jiff::tz::TimeZone::UTC.to_timestamp(time).ok()
-}
-
-fn show_time(text: &[u8]) -> String {
-    parse_time(text).map_or_else(|| "?".into(), |time| time.to_string())
 }
 
 /// The common name in a distinguished name (OID 2.5.4.3), or `?`.
@@ -343,7 +352,7 @@ mod tests {
         let der = params.self_signed(&key).unwrap().der().clone();
         let fields = Fields::read(&der).unwrap();
         assert_eq!(common_name(fields.subject), "the engine");
-        assert_eq!(show_time(fields.not_after), "2060-01-02T00:00:00Z");
+        assert_eq!(parse_time(fields.not_after).unwrap().to_string(), "2060-01-02T00:00:00Z");
         let at = |secs| UnixTime::since_unix_epoch(Duration::from_secs(secs));
         assert_eq!(check_validity(&der, at(0)), Err(CertificateError::NotValidYet.into()));
         assert_eq!(check_validity(&der, at(1_700_000_000)), Ok(()));

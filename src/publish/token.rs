@@ -42,7 +42,7 @@ pub(super) struct Token {
     pub(super) fresh_login: bool,
     received: Instant,
     /// `exp − iat`.
-    life: Option<Duration>,
+    pub(super) life: Option<Duration>,
     pub(super) expires: Option<Timestamp>,
 }
 

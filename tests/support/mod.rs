@@ -281,6 +281,11 @@ impl Daemon<'_> {
         self.child.id()
     }
 
+    /// Where the admin listener is.
+    pub fn admin(&self) -> &str {
+        &self.admin
+    }
+
     /// One GET on the admin listener: status and body.
     pub fn get(&self, path: &str) -> io::Result<(u16, String)> {
         http_get(&self.admin, path)

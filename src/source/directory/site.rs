@@ -242,6 +242,7 @@ impl Site {
             let line = Arc::new(SiteLine { site: self.clone(), detector: name.clone() });
             let metrics = self.metrics.detector(&name);
             metrics.up(matches!(self.health.get(), State::Ok));
+            metrics.served(self.entry.silence_alarm);
             let ready = self.intake.register(detector.clone(), line);
             let pending = Arc::new(AtomicI64::new(0));
             inner.lines.insert(name.clone(), Registered { detector, metrics, ready, pending });
@@ -1069,7 +1070,7 @@ impl Site {
             if pending > 0 {
                 line.metrics.returned(pending.unsigned_abs());
             }
-            line.metrics.up(false);
+            line.metrics.left();
         }
         // Ends the lines, which hold this site.
         inner.lines.clear();
