@@ -63,6 +63,7 @@ fn a_fresh_installation_waits_and_a_few_lines_start_it(suite: &str) {
         "systemctl status framegate | grep -q 'Status: \"engine open; 1 published, 0 pending\"'",
     );
     assert!(machine.says("framegate status").contains("Lobby"));
+    machine.says("framegate doctor");
     let metrics = machine.admin("/metrics");
     for name in ["process_start_time_seconds", "process_open_fds", "process_resident_memory_bytes"] {
         assert!(metrics.lines().any(|line| line.starts_with(name)), "{name}: the sandbox hides it\n{metrics}");
@@ -72,6 +73,8 @@ fn a_fresh_installation_waits_and_a_few_lines_start_it(suite: &str) {
         "/usr/share/zsh/vendor-completions/_framegate",
         "/usr/share/fish/vendor_completions.d/framegate.fish",
         "/usr/share/framegate/prometheus/scrape.yml",
+        "/usr/share/framegate/prometheus/alerts.yml",
+        "/usr/share/framegate/grafana/framegate.json",
     ] {
         assert!(machine.path(file).exists(), "{file}");
     }
