@@ -77,19 +77,6 @@ impl Handle {
     }
 }
 
-/// Logs to standard error from here on. Once for each process.
-pub fn init(config: &Config) -> anyhow::Result<Handle> {
-    let terminal = std::io::stderr().is_terminal();
-    let look = match config.format {
-        Format::Json => Look::Json,
-        Format::Auto if journald_reads_stderr() => Look::Journal,
-        Format::Auto | Format::Text => Look::Text { colours: terminal && std::env::var_os("NO_COLOR").is_none() },
-    };
-    let (subscriber, handle) = subscriber(&config.level, look, std::io::stderr)?;
-    subscriber.try_init().context("the log is set up already")?;
-    Ok(handle)
-}
-
 /// What a command complains about on standard error without the log: as it is, or under journald with each line's priority.
 pub fn complaint(text: &str) -> String {
     if journald_reads_stderr() { with_priority(Level::ERROR, text) } else { text.to_owned() }
@@ -100,11 +87,24 @@ fn with_priority(level: Level, text: &str) -> String {
     lines.join("\n")
 }
 
+/// Logs to standard error from here on. Once for each process.
+pub fn init(config: &Config) -> anyhow::Result<Handle> {
+    let terminal = std::io::stderr().is_terminal();
+    let look = match config.format {
+        Format::Json => Look::Json { priorities: journald_reads_stderr() },
+        Format::Auto if journald_reads_stderr() => Look::Journal,
+        Format::Auto | Format::Text => Look::Text { colours: terminal && std::env::var_os("NO_COLOR").is_none() },
+    };
+    let (subscriber, handle) = subscriber(&config.level, look, std::io::stderr)?;
+    subscriber.try_init().context("the log is set up already")?;
+    Ok(handle)
+}
+
 #[derive(Clone, Copy)]
 enum Look {
     Text { colours: bool },
     Journal,
-    Json,
+    Json { priorities: bool },
 }
 
 fn subscriber<W>(level: &str, look: Look, writer: W) -> anyhow::Result<(impl Subscriber + Send + Sync, Handle)>
@@ -114,7 +114,10 @@ where
     let (filter, handle) = reload::Layer::new(filter(level)?);
     let layer = tracing_subscriber::fmt::layer().with_writer(writer).log_internal_errors(false);
     let layer = match look {
-        Look::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
+        Look::Json { priorities } => {
+            let layer = layer.json().flatten_event(true).with_span_list(false);
+            layer.map_event_format(|json| Json { json, priorities }).boxed()
+        }
         Look::Text { .. } | Look::Journal => {
             let colours = matches!(look, Look::Text { colours: true });
             let fields = format::debug_fn(field).delimited(" ");
@@ -163,7 +166,7 @@ where
         let level = *event.metadata().level();
         match self.0 {
             Look::Journal => write!(line, "<{}>", priority(level))?,
-            Look::Text { .. } | Look::Json => {
+            Look::Text { .. } | Look::Json { .. } => {
                 SystemTime.format_time(&mut line)?;
                 if line.has_ansi_escapes() {
                     write!(line, " \x1b[{}m{level:>5}\x1b[0m ", colour(level))?;
@@ -180,6 +183,26 @@ where
         }
         context.field_format().format_fields(line.by_ref(), event)?;
         line.write_char('\n')
+    }
+}
+
+/// JSON as the library makes it, behind its priority where journald takes that off.
+struct Json<F> {
+    json: F,
+    priorities: bool,
+}
+
+impl<S, N, F> FormatEvent<S, N> for Json<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut line: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        if self.priorities {
+            write!(line, "<{}>", priority(*event.metadata().level()))?;
+        }
+        self.json.format_event(context, line, event)
     }
 }
 
@@ -344,7 +367,7 @@ mod tests {
 
     #[test]
     fn an_event_is_one_line_with_its_facts_whatever_they_hold() {
-        for look in [Look::Text { colours: false }, Look::Journal, Look::Json] {
+        for look in [Look::Text { colours: false }, Look::Journal, Look::Json { priorities: false }] {
             let text = logged("info", look, |_| hostile_event());
             assert_eq!(text.matches('\n').count(), 1, "{text}");
             assert!(text.ends_with('\n') && !text.contains(['\x1b', '\r', '\x07']), "{text:?}");
@@ -367,7 +390,10 @@ mod tests {
         let starts: Vec<_> = text.lines().map(|line| &line[..3]).collect();
         assert_eq!(starts, ["<3>", "<4>", "<6>", "<7>"]);
         assert!(text.contains(": i detector=\"Cam\"\n"), "{text}");
-        for line in logged("debug", Look::Json, levels).lines() {
+        let text = logged("debug", Look::Json { priorities: true }, levels);
+        let starts: Vec<_> = text.lines().map(|line| &line[..4]).collect();
+        assert_eq!(starts, ["<3>{", "<4>{", "<6>{", "<7>{"]);
+        for line in logged("debug", Look::Json { priorities: false }, levels).lines() {
             let value: serde_json::Value = serde_json::from_str(line).unwrap();
             assert!(value["message"].is_string() && value["level"].is_string(), "{line}");
         }
@@ -416,7 +442,7 @@ mod tests {
         let (reader, pipe) = io::pipe().unwrap();
         drop(reader);
         let (to_full, _) = subscriber("info", Look::Journal, Mutex::new(full)).unwrap();
-        let (to_pipe, _) = subscriber("info", Look::Json, Mutex::new(pipe)).unwrap();
+        let (to_pipe, _) = subscriber("info", Look::Json { priorities: false }, Mutex::new(pipe)).unwrap();
         tracing::subscriber::with_default(to_full, || (0..10).for_each(|_| hostile_event()));
         tracing::subscriber::with_default(to_pipe, hostile_event);
     }

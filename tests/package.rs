@@ -208,8 +208,10 @@ fn the_journal_has_priorities_and_whole_sentences(suite: &str) {
     machine.says("rm /etc/credstore/engine-password; systemctl restart framegate");
     machine.says("echo '[publish]\nattempts = 0' > /etc/framegate/conf.d/wrong.toml");
     machine.refuses("systemctl reload framegate");
+    machine.says("echo '[log]\nformat = \"json\"' > /etc/framegate/conf.d/wrong.toml; systemctl restart framegate");
     let journal = machine.says("journalctl --sync; journalctl --unit=framegate --output=json _COMM=framegate + _SYSTEMD_UNIT=framegate.service");
     let mut seen = BTreeSet::new();
+    let mut json = 0;
     for line in journal.lines() {
         let entry: Value = serde_json::from_str(line).expect("JSON");
         let field = |name: &str| entry[name].as_str().unwrap_or_default().to_owned();
@@ -218,6 +220,7 @@ fn the_journal_has_priorities_and_whole_sentences(suite: &str) {
         }
         let (message, priority) = (field("MESSAGE"), field("PRIORITY"));
         assert!(!message.is_empty() && !message.starts_with('<'), "{line}");
+        json += u32::from(serde_json::from_str::<Value>(&message).is_ok_and(|it| it["message"].is_string()));
         assert_eq!(field("SYSLOG_IDENTIFIER"), "framegate", "{line}");
         for (part, expected) in [
             ("framegate is running", "6"),
@@ -233,6 +236,7 @@ fn the_journal_has_priorities_and_whole_sentences(suite: &str) {
         }
     }
     assert_eq!(seen.len(), 5, "{seen:?}\n{journal}");
+    assert!(json >= 2, "what is asked for as JSON is JSON, and has its priority too: {journal}");
     let errors = machine.says("journalctl --unit=framegate --priority=err --output=cat");
     assert!(errors.contains("wrong.toml:2:1: publish.attempts"), "{errors}");
 }
