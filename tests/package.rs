@@ -386,7 +386,8 @@ fn upgrades_keep_what_was_changed_and_a_purge_says_what_it_leaves(suite: &str) {
     assert_eq!(machine.says("find /var/lib/framegate /var/spool/framegate -type f -perm /o=rwx"), "");
 
     machine.drop_face("cam", &format!("{INCOMING}/Gate"), 3);
-    let said = machine.says("dpkg --purge framegate");
+    let said = machine.says("dpkg --purge framegate 2>&1");
+    assert!(!said.contains("warning"), "{said}");
     for part in [
         "removing /var/lib/framegate: 2 files of dead letters",
         "left: /var/spool/framegate, 1 files that were not published",
