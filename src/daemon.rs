@@ -2,7 +2,7 @@
 //!
 //! Not here: what a frame goes through (`pipeline`), what a signal or a command line means (`cli`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -113,8 +113,6 @@ pub struct SourceStatus {
     pub path: PathBuf,
     /// Why it cannot deliver; `null` while it can.
     pub held: Option<String>,
-    /// Longer than `silence_alarm` without a frame.
-    pub silent: bool,
 }
 
 /// One detector in `/status`.
@@ -126,8 +124,6 @@ pub struct DetectorStatus {
     pub rate: f64,
     /// Mean way from noticed to accepted of the last frames, milliseconds.
     pub delivery_ms: Option<f64>,
-    /// Longer than `silence_alarm` without a frame.
-    pub silent: bool,
     pub counts: DetectorCounts,
 }
 
@@ -428,7 +424,7 @@ impl Shared {
 
     fn status(&self) -> Status {
         let sources = self.sources();
-        let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d, &sources)).collect();
+        let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -436,43 +432,25 @@ impl Shared {
             uptime_seconds: self.started.elapsed().as_secs(),
             admin: self.admin,
             engine: self.publisher.status(),
-            sources: sources.iter().map(|(entry, health)| self.source_status(entry, health)).collect(),
+            sources: sources.iter().map(|(entry, health)| Self::source_status(entry, health)).collect(),
             detectors,
             dead_letters,
             dead_letter_bytes,
         }
     }
 
-    fn detector_status(&self, detector: &DetectorMetrics, sources: &[(Arc<Entry>, Health)]) -> DetectorStatus {
+    fn detector_status(&self, detector: &DetectorMetrics) -> DetectorStatus {
         let now = self.history.now(&detector.name);
-        let entry = sources.iter().find(|(entry, _)| *entry.name == *detector.name);
         DetectorStatus {
             name: detector.name.to_string(),
             rate: now.rate,
             delivery_ms: now.delivery.map(|time| time.as_secs_f64() * 1e3),
-            silent: entry.is_some_and(|(entry, _)| self.is_silent(entry)),
             counts: detector.counts(),
         }
     }
 
-    fn source_status(&self, entry: &Entry, health: &Health) -> SourceStatus {
-        SourceStatus {
-            name: entry.name.clone(),
-            path: entry.directory.path.clone(),
-            held: health.held(),
-            silent: self.is_silent(entry),
-        }
-    }
-
-    /// Longer than its alarm without a frame.
-    fn is_silent(&self, entry: &Entry) -> bool {
-        let Some(alarm) = entry.silence_alarm else { return false };
-        let last =
-            self.metrics.detectors().iter().find(|d| *d.name == *entry.name).and_then(|d| d.counts().last_frame_ms);
-        let quiet = last.map_or(self.started.elapsed(), |last| {
-            Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - last).unwrap_or(0))
-        });
-        quiet > alarm
+    fn source_status(entry: &Entry, health: &Health) -> SourceStatus {
+        SourceStatus { name: entry.name.clone(), path: entry.directory.path.clone(), held: health.held() }
     }
 
     /// What the status page shows.
@@ -486,7 +464,7 @@ impl Shared {
             hour: self.history.hour(&detector.name),
             name: detector.name,
             up: detector.counts.up,
-            silent: detector.silent,
+            silent: detector.counts.silent,
             rate: detector.rate,
             delivery: detector.delivery_ms.map(|ms| Duration::from_secs_f64(ms / 1e3)),
             pending: detector.counts.pending,
@@ -550,11 +528,13 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
     let mut every = tokio::time::interval(UPKEEP_EVERY);
     let mut look = tokio::time::interval(HISTORY_EVERY);
     let mut tidied: Option<Instant> = None;
+    let mut silent = BTreeSet::new();
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = look.tick() => {
                 shared.history.look(&shared.metrics, Instant::now());
+                tell_silence(&shared.metrics, &mut silent);
                 continue;
             }
             _ = every.tick() => {}
@@ -568,6 +548,24 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
                 Ok(Err(error)) => tracing::warn!("cannot tidy the dead letters: {error:#}"),
                 Err(error) => tracing::error!("tidying the dead letters failed: {error}"),
             }
+        }
+    }
+}
+
+/// Says once when a detector has been silent for longer than its alarm, and once when it is heard again.
+fn tell_silence(metrics: &Metrics, silent: &mut BTreeSet<Arc<str>>) {
+    for detector in metrics.detectors() {
+        let (now, was) = (detector.counts().silent, silent.contains(&detector.name));
+        match (was, now) {
+            (false, true) => {
+                tracing::warn!(detector = %detector.name, "no frame for longer than its silence_alarm: does its camera run?");
+                silent.insert(detector.name.clone());
+            }
+            (true, false) => {
+                tracing::info!(detector = %detector.name, "frames come again");
+                silent.remove(&detector.name);
+            }
+            (true, true) | (false, false) => {}
         }
     }
 }

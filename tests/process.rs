@@ -284,6 +284,27 @@ fn an_engine_that_is_away_at_the_start_is_said_everywhere_and_fails_nothing() {
     assert_eq!(nothing_lost(&[&engine], &written), 0);
 }
 
+#[test]
+fn a_silent_member_of_a_family_is_named_in_status_and_log_until_it_is_heard_again() {
+    let engine = Engine::start();
+    let site = site(&engine).detector("{path.0}", "UTC", "silence_alarm = \"1s\"");
+    let mut daemon = site.run();
+    let lobby = site.drop_dir("{path.0}").join("Lobby");
+    fs::create_dir(&lobby).unwrap();
+    let mut written = vec![put_face(&lobby, 1)];
+    daemon.idle(PATIENCE);
+    eventually("it is told", PATIENCE, || {
+        said(&site, &["status"]).contains("silent: Lobby has sent nothing").then_some(())
+    });
+    eventually("and logged", PATIENCE, || {
+        site.log().contains("no frame for longer than its silence_alarm").then_some(())
+    });
+    written.push(put_face(&lobby, 2));
+    eventually("it is heard again", PATIENCE, || site.log().contains("frames come again").then_some(()));
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+}
+
 // ---- systemd
 
 #[test]
