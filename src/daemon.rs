@@ -366,7 +366,9 @@ impl Daemon {
         }
         let new = loaded.settings;
         let changes = config::diff(&self.settings, &new);
-        if changes.engine || changes.publish {
+        // Whoever reloads while publishing is paused has mended something, perhaps only inside a secret's file.
+        let paused = self.shared.publisher.status().state != State::Open;
+        if changes.engine || changes.publish || paused {
             self.shared
                 .publisher
                 .reconfigure(&new.engine(), new.engine_secrets(), &new.publish)

@@ -18,6 +18,8 @@ use support::{Action, Daemon, PATIENCE, Reply, Samples, Site, eventually, put};
 const A_WHILE: Duration = Duration::from_secs(4);
 /// Requests while the engine is paused for [`A_WHILE`], with the short back-off of [`site`]: a probe every second or so.
 const FEW: u64 = 15;
+/// What lies between two tries of a login that is refused, at least (`state::LOGIN_BACKOFF`).
+const LOGINS_APART: Duration = Duration::from_secs(30);
 /// What the queue lets a detector have in hand before its first attempt (`queue::AHEAD_MAX`).
 const AHEAD: u64 = 16;
 
@@ -343,11 +345,15 @@ fn c4_a_refused_login_pauses_with_one_try_and_a_reload_with_the_right_password_h
         assert_eq!(engine.counts().publish, 0);
         assert_eq!(daemon.metrics().count("framegate_dead_letters", ""), 0);
     });
+    // The configuration's text stays as it is.
     fs::write(site.path().join("engine-password"), "another").unwrap();
     let reload = site.command(&["reload"]).output().expect("the binary starts");
     assert!(reload.status.success(), "{reload:?}");
     all_published_once(&engine, &mut daemon, &written);
-    assert_eq!(engine.counts().authenticate, 2);
+    let logins = logins(&engine);
+    assert_eq!(logins.len(), 2);
+    let apart = logins[1].at - logins[0].at;
+    assert!(apart < LOGINS_APART, "the reload waited for the next try by itself: {apart:?}");
 }
 
 // ---- pauses
@@ -858,6 +864,12 @@ fn requests(engine: &Engine) -> u64 {
 fn publishes(engine: &Engine) -> Vec<Arrival> {
     let mut arrivals = engine.arrivals();
     arrivals.retain(|it| it.call == Call::Publish);
+    arrivals
+}
+
+fn logins(engine: &Engine) -> Vec<Arrival> {
+    let mut arrivals = engine.arrivals();
+    arrivals.retain(|it| it.call == Call::Authenticate);
     arrivals
 }
 
