@@ -80,7 +80,7 @@ async fn carry(delivery: Delivery, stages: Arc<Stages>) {
             let attempt = stages.publisher.publish(&frame, body.bytes(), || lease.begun());
             match AssertUnwindSafe(attempt).catch_unwind().await {
                 Ok(Outcome::Accepted) => return accepted(&stages, &frame, receipt),
-                Ok(Outcome::Released) => return released(&frame, receipt),
+                Ok(Outcome::Released { .. }) => return released(&frame, receipt),
                 Ok(Outcome::Refused(refusal)) => (frame, receipt, Bytes::from(body.image()), refusal),
                 Err(_panic) => {
                     let refusal = Refusal {

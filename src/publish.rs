@@ -112,8 +112,11 @@ pub enum Outcome {
     Accepted,
     /// The engine takes others, but not this one: a dead letter.
     Refused(Refusal),
-    /// The daemon stops; nothing is decided.
-    Released,
+    /// The publisher stops; nothing is decided.
+    Released {
+        /// What came of the last attempt, for people; `None` if there was none.
+        said: Option<String>,
+    },
 }
 
 /// What `/status` says about the engine.
@@ -232,18 +235,21 @@ impl Publisher {
     pub async fn publish(&self, frame: &Frame, body: Bytes, begun: impl FnOnce()) -> Outcome {
         let mut begun = Some(begun);
         let mut seat = Seat::take(self, &frame.detector);
+        let mut said = None;
         loop {
             match seat.signal().await {
-                Signal::Released => return Outcome::Released,
+                Signal::Released => return Outcome::Released { said },
                 Signal::Refused(refusal) => return Outcome::Refused(refusal),
                 Signal::Go { number } => {
                     if let Some(begun) = begun.take() {
                         begun();
                     }
                     let ended = self.attempt(frame, seat.case, number, body.clone()).await;
+                    let heard = (ended.verdict != Verdict::Accepted).then(|| ended.verdict.said());
                     if seat.ended(ended) == Next::Accepted {
                         return Outcome::Accepted;
                     }
+                    said = heard;
                 }
             }
         }
@@ -276,6 +282,13 @@ impl Publisher {
         drop(desk);
         self.token.notify_one();
         Ok(())
+    }
+
+    /// Whether more waiting is of no use to those that wait: somebody has to change something first, at the engine or here, or
+    /// the engine has refused each of them more than once with nothing accepted since. For commands that somebody waits for;
+    /// a daemon has all the time there is.
+    pub fn is_stuck(&self) -> bool {
+        self.desk().line.is_stuck()
     }
 
     /// How the engine is.

@@ -127,6 +127,39 @@ fn publish_tells_what_the_engine_refuses() {
 }
 
 #[test]
+fn publish_gives_up_soon_where_only_somebody_can_help_and_says_what_the_engine_said() {
+    /// What is wrong, how many files, what the summary says, and how many requests that took at most.
+    type Trouble = (fn(&Engine), u64, [&'static str; 2], u64);
+    let troubles: [Trouble; 6] = [
+        (|engine| refuse(engine, &image(0)), 1, ["rejected: status 400", "injected"], 5),
+        (|engine| engine.change(|faults| faults.answer_all = Some(403)), 1, ["forbidden: status 403", "injected"], 5),
+        (|engine| engine.change(|faults| faults.answer_all = Some(403)), 9, ["forbidden", "Face Publishing"], 15),
+        (|engine| engine.change(|faults| faults.answer_all = Some(400)), 30, ["rejecting: status 400", "injected"], 40),
+        (|engine| engine.change(|faults| faults.login_status = Some(401)), 3, ["credentials", "password"], 0),
+        (Engine::down, 3, ["unreachable", "cannot connect"], 0),
+    ];
+    for (trouble, files, says, requests_max) in troubles {
+        let engine = Engine::start();
+        let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
+        site.write_config();
+        let photos = site.path().join("photos");
+        fs::create_dir(&photos).unwrap();
+        for n in 0..files {
+            fs::write(photos.join(format!("{n}.jpg")), image(n)).unwrap();
+        }
+        trouble(&engine);
+        let failed = output(&site, &["publish", photos.to_str().unwrap()]);
+        assert_eq!(failed.status.code(), Some(1), "{says:?}: {}", all_of(&failed));
+        let text = text_of(&failed.stdout);
+        assert!(text.starts_with(&format!("0 of {files} published")), "{says:?}: {}", all_of(&failed));
+        assert!(says.iter().all(|part| text.contains(part)), "{says:?}: {}", all_of(&failed));
+        assert!(text_of(&failed.stderr).contains("giving up"), "{says:?}: {}", all_of(&failed));
+        let requests = engine.counts().publish;
+        assert!(requests <= requests_max, "{says:?}: {requests} requests");
+    }
+}
+
+#[test]
 fn dead_letters_are_listed_shown_retried_and_purged_with_a_running_daemon() {
     let engine = Engine::start();
     let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");

@@ -30,6 +30,10 @@ const FAILED_FRAMES: usize = 8;
 const LOST_ANSWERS: u32 = 3;
 /// Refusals of one frame, each followed by an acceptance of another, until it is a dead letter.
 const CONFIRMATIONS: u32 = 2;
+/// Failed probes in a row after which a pause is no passing trouble.
+const LASTING_PROBES: u32 = 2;
+/// The same for an engine that has taken nothing yet and does not answer: it may be starting.
+const ABSENT_PROBES: u32 = 5;
 /// Between logins that are refused.
 const LOGIN_BACKOFF: Backoff = Backoff::between(Duration::from_secs(30), Duration::from_mins(15));
 
@@ -187,6 +191,8 @@ struct Suspicion {
     mark: u64,
     /// Refusals that an acceptance followed.
     confirmed: u32,
+    /// Refusals in all.
+    refusals: u32,
     /// Refused, and no acceptance since.
     awaiting: bool,
 }
@@ -359,6 +365,20 @@ impl Line {
 
     pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Whether waiting longer helps none of those that wait.
+    pub(super) fn is_stuck(&self) -> bool {
+        let Some(pause) = &self.pause else {
+            let refused = |case: &Case| case.suspicion.is_some_and(|it| it.awaiting && it.refusals >= CONFIRMATIONS);
+            return !self.cases.is_empty() && self.cases.values().all(refused);
+        };
+        match self.state {
+            State::Credentials => true,
+            State::Forbidden | State::Rejecting | State::UnexpectedAnswer => pause.probes >= LASTING_PROBES,
+            State::Unreachable => self.accepted == 0 && pause.probes >= ABSENT_PROBES,
+            State::Open | State::Throttled | State::Failing => false,
+        }
     }
 
     /// When `pump` has to be called again, if nothing happens before.
@@ -926,8 +946,9 @@ impl Line {
         {
             lane.suspects += 1;
         }
+        let refusals = case.suspicion.map_or(0, |old| old.refusals) + 1;
         let before = case.suspicion.filter(|old| old.reason == reason).map_or(0, |old| old.confirmed);
-        case.suspicion = Some(Suspicion { reason, mark, confirmed: before.max(confirmed), awaiting: true });
+        case.suspicion = Some(Suspicion { reason, mark, confirmed: before.max(confirmed), refusals, awaiting: true });
         self.suspects.insert((mark, id));
     }
 
@@ -1332,6 +1353,49 @@ mod tests {
         }
         sim.line.pump(sim.now);
         assert_eq!((sim.line.token_wanted(), sim.line.in_flight(), sim.line.state()), (None, 2, State::Open));
+    }
+
+    #[test]
+    fn it_is_stuck_when_only_somebody_else_can_help_and_not_before() {
+        let soon = Duration::from_secs(20);
+        for (verdict, frames, stuck) in [
+            (rejected(), 1, true),
+            (rejected(), 30, true),
+            (forbidden(), 2, true),
+            (forbidden(), 30, true),
+            (Verdict::NotOurEngine("portal".into()), 1, true),
+            (Verdict::Token, 1, true),
+            (Verdict::Unreachable("nobody there".into()), 1, true),
+            // These may pass.
+            (server_error(), 1, false),
+            (server_error(), 30, false),
+            (transient(Some(600)), 1, false),
+        ] {
+            let mut sim = Sim::new();
+            for n in 0..frames {
+                sim.enter(n % 3, 0.0);
+            }
+            assert!(!sim.line.is_stuck());
+            sim.run(soon, |_| verdict.clone());
+            assert_eq!(sim.line.is_stuck(), stuck, "{verdict:?} for {frames}");
+            sim.run(HALF_AN_HOUR, |_| Verdict::Accepted);
+            assert!(!sim.line.is_stuck(), "nobody waits");
+            sim.enter(0, 0.0);
+            sim.run(soon, |_| Verdict::Unreachable("away".into()));
+            assert!(!sim.line.is_stuck(), "it was there before");
+        }
+    }
+
+    #[test]
+    fn it_is_not_stuck_while_one_of_them_may_still_be_accepted() {
+        let mut sim = Sim::new();
+        sim.enter(0, 0.0);
+        sim.run(Duration::from_secs(20), |_| rejected());
+        assert!(sim.line.is_stuck());
+        sim.enter(1, 0.0);
+        assert!(!sim.line.is_stuck());
+        sim.run(Duration::ZERO, |_| Verdict::Accepted);
+        assert!(!sim.line.is_stuck(), "it is under way");
     }
 
     #[test]

@@ -88,6 +88,26 @@ impl Verdict {
             Verdict::Ambiguous(_) => "ambiguous",
         }
     }
+
+    /// What was said, for people: the reason first, in one bounded line.
+    pub(super) fn said(&self) -> String {
+        let reason = self.reason();
+        match self {
+            Verdict::Accepted => reason.to_owned(),
+            Verdict::Token => format!("{reason}: status 401"),
+            Verdict::Forbidden { status, message }
+            | Verdict::Rejected { status, message }
+            | Verdict::ServerError { status, message }
+            | Verdict::Transient { status, message, .. } => {
+                let colon = if message.is_empty() { "" } else { ": " };
+                format!("{reason}: status {status}{colon}{message}")
+            }
+            Verdict::Credentials(what)
+            | Verdict::NotOurEngine(what)
+            | Verdict::Unreachable(what)
+            | Verdict::Ambiguous(what) => format!("{reason}: {what}"),
+        }
+    }
 }
 
 /// What this attempt means. `now` is the wall clock, for a `Retry-After` that names a date.
