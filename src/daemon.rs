@@ -22,7 +22,7 @@ use crate::encode::Encoder;
 use crate::metrics::{DetectorCounts, Metrics};
 use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
-use crate::publish::{EngineStatus, Publisher, State};
+use crate::publish::{self, EngineStatus, Publisher, State};
 use crate::queue::{self, Intake};
 use crate::settle::dead_letter::DeadLetters;
 use crate::source::{self, Entry, Health, directory};
@@ -37,6 +37,9 @@ const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
 const AWAY_LOOK_EVERY: Duration = Duration::from_millis(250);
 const AWAY_LOOKS: u32 = 4;
+/// Open files that are neither the engine's connections nor a source's: standard streams, the runtime, listeners (fourteen when
+/// idle), and the images, scrapes and commands of the moment.
+const OPEN_FILES_RESERVED: u64 = 18;
 /// Control requests that may wait for the daemon's turn.
 const REQUESTS_MAX: usize = 16;
 
@@ -128,8 +131,9 @@ impl Daemon {
         let metrics = Metrics::new();
         let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
         let publisher =
-            Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
+            Publisher::new(&settings.engine(), settings.engine_secrets(), &fitting(&settings), metrics.clone())
                 .context("cannot set up publishing to the engine")?;
+        tell_ceiling(&settings);
         let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
         let listener = TcpListener::bind(settings.admin.listen)
             .await
@@ -368,11 +372,15 @@ impl Daemon {
         let changes = config::diff(&self.settings, &new);
         // Whoever reloads while publishing is paused has mended something, perhaps only inside a secret's file.
         let paused = self.shared.publisher.status().state != State::Open;
-        if changes.engine || changes.publish || paused {
+        let publish = fitting(&new);
+        if changes.engine || publish != fitting(&self.settings) || paused {
             self.shared
                 .publisher
-                .reconfigure(&new.engine(), new.engine_secrets(), &new.publish)
+                .reconfigure(&new.engine(), new.engine_secrets(), &publish)
                 .context("cannot set up publishing to the engine")?;
+        }
+        if changes.publish {
+            tell_ceiling(&new);
         }
         if let Some(log) = &self.surroundings.log {
             log.set_level(&new.log.level)?;
@@ -405,6 +413,21 @@ impl Daemon {
         }
         self.settings = new;
         Ok(message)
+    }
+}
+
+/// `[publish]` as the limit on open files allows it.
+fn fitting(settings: &Settings) -> publish::Config {
+    let sources = source::OPEN_FILES_PER_ENTRY * settings.detectors.len() as u64;
+    settings.publish.fitting(OPEN_FILES_RESERVED + sources)
+}
+
+fn tell_ceiling(settings: &Settings) {
+    let (asked, now) = (settings.publish.max_in_flight, fitting(settings).max_in_flight);
+    if now < asked {
+        tracing::warn!(
+            "publish.max_in_flight is {asked}, but the limit on open files leaves room for {now}; raise it (systemd: LimitNOFILE, shell: ulimit -n)"
+        );
     }
 }
 

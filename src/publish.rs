@@ -88,6 +88,13 @@ impl Default for Config {
 }
 
 impl Config {
+    /// With no more attempts in flight than this process may open files: each is a connection, and `others` are needed for the rest.
+    #[must_use]
+    pub fn fitting(&self, others: u64) -> Self {
+        let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        Self { max_in_flight: limit::fitting(self.max_in_flight, open_files, others), ..self.clone() }
+    }
+
     fn settings(&self) -> anyhow::Result<Settings> {
         if !self.rate.is_finite() || self.rate < 0.0 {
             bail!("publish.rate: {} is no rate; it must be 0 (no limit) or more", self.rate);

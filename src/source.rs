@@ -11,6 +11,9 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Open files that an entry keeps: its directory, the hidden one, its lock, its claims, inotify; and one more while it scans.
+pub const OPEN_FILES_PER_ENTRY: u64 = 6;
+
 /// One `[[detectors]]` entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]

@@ -35,6 +35,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Files in hand at least, even if the engine is asked one by one: more than the publisher needs to tell a few bad files from an
 /// engine that refuses everything.
 const IN_HAND_MIN: usize = 10;
+/// Open files besides the engine's connections: standard streams, the runtime, the images being read.
+const OPEN_FILES_RESERVED: u64 = 16;
 /// Failures that are listed one by one; the others are only counted.
 const LISTED_MAX: usize = 20;
 
@@ -123,14 +125,15 @@ async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<Pa
     let metrics = Metrics::new();
     let max_frame = settings.encode.max_frame.as_u64();
     let encoder = Encoder::start(settings.encode.workers, max_frame, metrics.clone());
-    let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics)?;
+    let publish = settings.publish.fitting(OPEN_FILES_RESERVED);
+    let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &publish, metrics)?;
     let background = CancellationToken::new();
     let bar = progress_bar(files.len() as u64);
     let (total, started) = (files.len(), Instant::now());
     let mut failed: Vec<(PathBuf, String)> = Vec::new();
 
     let work = async {
-        let at_once = settings.publish.max_in_flight.max(IN_HAND_MIN) + 2;
+        let at_once = publish.max_in_flight.max(IN_HAND_MIN) + 2;
         let preparing = Cell::new(0);
         let mut results = futures_util::stream::iter(files)
             .map(|path| async {
