@@ -335,6 +335,10 @@ impl Daemon {
                 Ok(data) => Answer::done("", data),
                 Err(error) => Answer::refused(error.to_string()),
             },
+            Request::CountDeadLetters => {
+                self.shared.dead_letters.changed();
+                Answer::done("", serde_json::Value::Null)
+            }
         }
     }
 
@@ -515,9 +519,9 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = every.tick() => {}
+            _ = every.tick() => shared.metrics.upkeep(),
+            () = shared.dead_letters.until_changed() => tidied = None,
         }
-        shared.metrics.upkeep();
         if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
             tidied = Some(Instant::now());
             let letters = shared.dead_letters.clone();

@@ -7,13 +7,17 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use framegate::simulator::Certificate;
 use support::engine::{Engine, hash, image, nothing_lost, put_face};
-use support::{PATIENCE, Site, eventually, files_below};
+use support::{Daemon, PATIENCE, Site, eventually, files_below};
+
+/// What should take moments, but is not worth a test's whole patience.
+const SOON: Duration = Duration::from_secs(15);
 
 const COMMANDS: [&str; 12] = [
     "run",
@@ -193,6 +197,31 @@ fn dead_letters_are_listed_shown_retried_and_purged_with_a_running_daemon() {
     });
     daemon.idle(PATIENCE);
     engine.contract_held();
+}
+
+#[test]
+fn the_daemons_metrics_follow_at_once_when_dead_letters_are_retried_or_purged() {
+    let engine = Engine::start();
+    let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
+    let mut daemon = site.run();
+    let daemon_counts = |daemon: &Daemon<'_>, expected: i64| {
+        // Well within the minute after which its janitor would look by itself.
+        eventually("the daemon has counted them", SOON, || {
+            let samples = daemon.metrics();
+            let (count, bytes) =
+                (samples.count("framegate_dead_letters", ""), samples.count("framegate_dead_letter_bytes", ""));
+            (count == expected && (bytes > 0) == (expected > 0)).then_some(())
+        });
+    };
+    for command in ["purge", "retry"] {
+        let id = one_dead_letter(&engine, &site);
+        daemon_counts(&daemon, 1);
+        engine.change(|faults| faults.by_image.clear());
+        let arguments = ["dead-letter", command, &id, "--yes"];
+        said(&site, &arguments[..if command == "purge" { 4 } else { 3 }]);
+        daemon_counts(&daemon, 0);
+        daemon.idle(PATIENCE);
+    }
 }
 
 #[test]

@@ -12,6 +12,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use jiff::Timestamp;
 
+use crate::config::Settings;
+use crate::control::{self, Request};
 use crate::frame::FrameId;
 use crate::settle::Reason;
 use crate::settle::dead_letter::{DeadLetter, Filter, Listed, Retried, Store, shown};
@@ -88,12 +90,20 @@ pub(super) struct Which {
     pub newer_than: Option<Duration>,
 }
 
-/// Does it with the dead letters in `directory` (`dead_letter.directory` of the configuration).
-pub(super) fn run(args: &Args, directory: &Path) -> anyhow::Result<ExitCode> {
+/// Does it with the dead letters in `dead_letter.directory`. A running daemon is told where some have gone, for its metrics.
+pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<ExitCode> {
+    let directory = &settings.dead_letter.directory;
     let input = io::stdin();
     let asks = input.is_terminal();
     let mut terminal = Terminal { output: &mut io::stdout().lock(), input: asks.then(|| input.lock()) };
-    match act(&args.command, &Store::at(directory), &mut terminal) {
+    let done = act(&args.command, &Store::at(directory), &mut terminal);
+    if matches!(args.command, Command::Retry { .. } | Command::Purge { .. })
+        && let Err(error) = control::ask(&settings.admin.control, &Request::CountDeadLetters)
+    {
+        // Nobody's count can be wrong, or it is right again within a minute.
+        tracing::debug!("no daemon was told: {error:#}");
+    }
+    match done {
         // `| head` has seen enough.
         Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
             Ok(ExitCode::SUCCESS)
