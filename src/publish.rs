@@ -197,6 +197,8 @@ struct Desk {
     since: Timestamp,
     failures: u64,
     last_failure: String,
+    /// What the gauges of attempts in flight and of concurrency say.
+    shown: Option<(usize, usize)>,
     /// Waiting for rate limits, not yet counted as whole seconds.
     held: Duration,
 }
@@ -225,6 +227,7 @@ impl Publisher {
                 since: Timestamp::now(),
                 failures: 0,
                 last_failure: String::new(),
+                shown: None,
                 held: Duration::ZERO,
             }),
             timer: Notify::new(),
@@ -388,8 +391,12 @@ impl Publisher {
             self.handles.show_state(change.to);
             tell(&change);
         }
-        self.metrics.in_flight.set(desk.line.in_flight() as f64);
-        self.handles.concurrency.set(desk.line.concurrency() as f64);
+        let now = (desk.line.in_flight(), desk.line.concurrency());
+        if desk.shown != Some(now) {
+            desk.shown = Some(now);
+            self.metrics.in_flight.set(now.0 as f64);
+            self.handles.concurrency.set(now.1 as f64);
+        }
         desk.held += desk.line.take_held();
         if desk.held.as_secs() > 0 {
             self.handles.rate_limited.increment(desk.held.as_secs());
