@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -59,6 +60,8 @@ pub struct Daemon {
     surroundings: Surroundings,
     shared: Arc<Shared>,
     intake: Intake,
+    /// Those of now, for frames that are retried.
+    entries: Arc<ArcSwap<Vec<Entry>>>,
     sources: Vec<Source>,
     source_tasks: JoinSet<()>,
     pipeline: JoinSet<()>,
@@ -179,6 +182,7 @@ impl Daemon {
         }
         let mut daemon = Self {
             beat: watchdog.watch("daemon"),
+            entries: Arc::new(ArcSwap::from_pointee(settings.detectors.clone())),
             settings,
             surroundings,
             shared,
@@ -319,7 +323,7 @@ impl Daemon {
         let stop = self.stop_pipeline.child_token();
         let (letters, intake, metrics) =
             (self.shared.dead_letters.clone(), self.intake.clone(), self.shared.metrics.clone());
-        self.source_tasks.spawn(source::retry::run(letters, intake, metrics, stop));
+        self.source_tasks.spawn(source::retry::run(letters, self.entries.clone(), intake, metrics, stop));
     }
 
     /// Lets `/status` and `/readyz` see the sources of now.
@@ -406,6 +410,7 @@ impl Daemon {
             }
         }
         self.publish_sources();
+        self.entries.store(Arc::new(new.detectors.clone()));
         let mut message = format!(
             "{} detector entries unchanged, {added} started, {} stopped",
             self.sources.len() - added,
