@@ -1086,6 +1086,7 @@ fn earlier(a: Option<Instant>, b: Instant) -> Instant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::publish::verdict::{Reply, judge};
     use proptest::prelude::*;
 
     const LATENCY: Duration = Duration::from_millis(10);
@@ -1102,6 +1103,9 @@ mod tests {
         refused: Vec<(CaseId, Refusal)>,
         attempts: Vec<(Instant, CaseId)>,
         generation: u64,
+        /// What a login comes to; `None`: it gives a token.
+        login: Option<Verdict>,
+        logins: u32,
         states: Vec<State>,
     }
 
@@ -1128,6 +1132,8 @@ mod tests {
                 refused: Vec::new(),
                 attempts: Vec::new(),
                 generation: 0,
+                login: None,
+                logins: 0,
                 states: Vec::new(),
             }
         }
@@ -1164,8 +1170,13 @@ mod tests {
                     return;
                 }
                 if self.line.token_wanted().is_some() {
-                    self.generation += 1;
-                    self.line.token_ready(self.generation, true, self.now);
+                    self.logins += 1;
+                    if let Some(refused) = &self.login {
+                        self.line.token_failed(refused, self.now);
+                    } else {
+                        self.generation += 1;
+                        self.line.token_ready(self.generation, true, self.now);
+                    }
                 } else if let Some((case, number)) = self.flying.pop_front() {
                     self.now += LATENCY / 8;
                     let verdict = engine(case);
@@ -1334,6 +1345,44 @@ mod tests {
         sim.run(Duration::from_secs(2), |_| Verdict::Accepted);
         assert_eq!(sim.accepted.len(), 1);
         assert!(sim.attempts[1].0 - sim.began >= Duration::from_secs(7));
+    }
+
+    #[test]
+    fn c2_a_retry_after_of_thirty_years_holds_the_engine_for_minutes() {
+        let reply = Reply {
+            status: 429,
+            body: bytes::Bytes::new(),
+            complete: true,
+            retry_after: Some("1000000000".into()),
+            date: None,
+        };
+        let verdict = judge(&Ok(reply), std::time::SystemTime::now());
+        let mut sim = Sim::new();
+        sim.enter(0, 0.0);
+        sim.run(Duration::from_mins(9), |_| verdict.clone());
+        assert_eq!((sim.line.state(), sim.attempts.len()), (State::Throttled, 1), "it is honoured");
+        sim.run(Duration::from_mins(2), |_| Verdict::Accepted);
+        assert_eq!((sim.accepted.len(), sim.line.state()), (1, State::Open), "and clamped");
+    }
+
+    #[test]
+    fn c4_a_login_that_is_refused_is_tried_a_few_times_an_hour_and_no_frame_is_lost() {
+        /// Thirty seconds apart at first, a quarter of an hour in the end.
+        const LOGINS_AN_HOUR: u32 = 9;
+        let mut sim = Sim::new();
+        sim.login = Some(Verdict::Credentials("wrong password".into()));
+        for n in 0..50 {
+            sim.enter(n % 5, 0.0);
+        }
+        for _ in 0..5 {
+            let before = sim.logins;
+            sim.run(Duration::from_hours(1), |_| Verdict::Accepted);
+            assert!((4..=LOGINS_AN_HOUR).contains(&(sim.logins - before)), "{} logins", sim.logins - before);
+        }
+        assert_eq!((sim.line.state(), sim.attempts.len()), (State::Credentials, 0));
+        sim.login = None;
+        sim.run(Duration::from_mins(16), |_| Verdict::Accepted);
+        assert_eq!((sim.accepted.len(), sim.refused.len()), (50, 0));
     }
 
     #[test]

@@ -297,7 +297,7 @@ reset, sent             ambiguous
     }
 
     #[test]
-    fn retry_after_is_clamped_and_garbage_is_ignored() {
+    fn c2_a_retry_after_is_clamped_and_garbage_is_ignored() {
         let now = httpdate::parse_http_date("Mon, 23 Nov 2026 11:00:00 GMT").unwrap();
         let secs = Duration::from_secs;
         for (text, expected) in [
