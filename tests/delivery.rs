@@ -18,7 +18,7 @@ use support::{Action, Daemon, PATIENCE, Reply, Samples, Site, eventually, put};
 const A_WHILE: Duration = Duration::from_secs(4);
 /// Requests while the engine is paused for [`A_WHILE`], with the short back-off of [`site`]: a probe every second or so.
 const FEW: u64 = 15;
-/// What lies between two tries of a login that is refused, at least (`state::LOGIN_BACKOFF`).
+/// What lies between two tries of a login that is refused, at least (`pause::LOGIN_BACKOFF`).
 const LOGINS_APART: Duration = Duration::from_secs(30);
 /// What the queue lets a detector have in hand before its first attempt (`queue::AHEAD_MAX`).
 const AHEAD: u64 = 16;

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::frame::{FrameId, SourceKind};
+use crate::frame::{Detector, FrameId, SourceKind};
 use crate::settle::Reason;
 
 const PATIENCE: Duration = Duration::from_secs(20);

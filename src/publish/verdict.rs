@@ -1,4 +1,4 @@
-//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `state`).
+//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `line`).
 
 use std::time::{Duration, SystemTime};
 
