@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -25,7 +26,7 @@ use crate::history::History;
 use crate::metrics::{DetectorCounts, DetectorMetrics, Metrics};
 use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
-use crate::publish::{EngineStatus, Publisher, State};
+use crate::publish::{self, EngineStatus, Publisher, State};
 use crate::queue::{self, Intake};
 use crate::settle::dead_letter::DeadLetters;
 use crate::source::{self, Entry, Health, directory};
@@ -42,6 +43,9 @@ const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
 const AWAY_LOOK_EVERY: Duration = Duration::from_millis(250);
 const AWAY_LOOKS: u32 = 4;
+/// Open files that are neither the engine's connections nor a source's: standard streams, the runtime, listeners (fourteen when
+/// idle), and the images, scrapes and commands of the moment.
+const OPEN_FILES_RESERVED: u64 = 18;
 /// Control requests that may wait for the daemon's turn.
 const REQUESTS_MAX: usize = 16;
 
@@ -61,6 +65,8 @@ pub struct Daemon {
     surroundings: Surroundings,
     shared: Arc<Shared>,
     intake: Intake,
+    /// Those of now, for frames that are retried.
+    entries: Arc<ArcSwap<Vec<Entry>>>,
     sources: Vec<Source>,
     source_tasks: JoinSet<()>,
     pipeline: JoinSet<()>,
@@ -136,8 +142,9 @@ impl Daemon {
         let metrics = Metrics::new();
         let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
         let publisher =
-            Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
+            Publisher::new(&settings.engine(), settings.engine_secrets(), &fitting(&settings), metrics.clone())
                 .context("cannot set up publishing to the engine")?;
+        tell_ceiling(&settings);
         let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
         let listener = TcpListener::bind(settings.admin.listen)
             .await
@@ -184,6 +191,7 @@ impl Daemon {
         }
         let mut daemon = Self {
             beat: watchdog.watch("daemon"),
+            entries: Arc::new(ArcSwap::from_pointee(settings.detectors.clone())),
             settings,
             surroundings,
             shared,
@@ -326,7 +334,7 @@ impl Daemon {
         let stop = self.stop_pipeline.child_token();
         let (letters, intake, metrics) =
             (self.shared.dead_letters.clone(), self.intake.clone(), self.shared.metrics.clone());
-        self.source_tasks.spawn(source::retry::run(letters, intake, metrics, stop));
+        self.source_tasks.spawn(source::retry::run(letters, self.entries.clone(), intake, metrics, stop));
     }
 
     /// Lets `/status` and `/readyz` see the sources of now.
@@ -342,6 +350,10 @@ impl Daemon {
                 Ok(data) => Answer::done("", data),
                 Err(error) => Answer::refused(error.to_string()),
             },
+            Request::CountDeadLetters => {
+                self.shared.dead_letters.changed();
+                Answer::done("", serde_json::Value::Null)
+            }
         }
     }
 
@@ -377,11 +389,17 @@ impl Daemon {
         }
         let new = loaded.settings;
         let changes = config::diff(&self.settings, &new);
-        if changes.engine || changes.publish {
+        // Whoever reloads while publishing is paused has mended something, perhaps only inside a secret's file.
+        let paused = self.shared.publisher.status().state != State::Open;
+        let publish = fitting(&new);
+        if changes.engine || publish != fitting(&self.settings) || paused {
             self.shared
                 .publisher
-                .reconfigure(&new.engine(), new.engine_secrets(), &new.publish)
+                .reconfigure(&new.engine(), new.engine_secrets(), &publish)
                 .context("cannot set up publishing to the engine")?;
+        }
+        if changes.publish {
+            tell_ceiling(&new);
         }
         if let Some(log) = &self.surroundings.log {
             log.set_level(&new.log.level)?;
@@ -403,6 +421,7 @@ impl Daemon {
             }
         }
         self.publish_sources();
+        self.entries.store(Arc::new(new.detectors.clone()));
         let mut message = format!(
             "{} detector entries unchanged, {added} started, {} stopped",
             self.sources.len() - added,
@@ -414,6 +433,21 @@ impl Daemon {
         }
         self.settings = new;
         Ok(message)
+    }
+}
+
+/// `[publish]` as the limit on open files allows it.
+fn fitting(settings: &Settings) -> publish::Config {
+    let sources = source::OPEN_FILES_PER_ENTRY * settings.detectors.len() as u64;
+    settings.publish.fitting(OPEN_FILES_RESERVED + sources)
+}
+
+fn tell_ceiling(settings: &Settings) {
+    let (asked, now) = (settings.publish.max_in_flight, fitting(settings).max_in_flight);
+    if now < asked {
+        tracing::warn!(
+            "publish.max_in_flight is {asked}, but the limit on open files leaves room for {now}; raise it (systemd: LimitNOFILE, shell: ulimit -n)"
+        );
     }
 }
 
@@ -537,9 +571,9 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
                 tell_silence(&shared.metrics, &mut silent);
                 continue;
             }
-            _ = every.tick() => {}
+            _ = every.tick() => shared.metrics.upkeep(),
+            () = shared.dead_letters.until_changed() => tidied = None,
         }
-        shared.metrics.upkeep();
         if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
             tidied = Some(Instant::now());
             let letters = shared.dead_letters.clone();

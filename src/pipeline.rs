@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::encode::{Encoded, Encoder};
 use crate::frame::Frame;
-use crate::metrics::Metrics;
+use crate::metrics::{DetectorMetrics, Metrics};
 use crate::notify::Progress;
 use crate::publish::{Outcome, Publisher};
-use crate::queue::{Delivery, Lease, Outlet};
+use crate::queue::{Delivery, Outlet};
 use crate::settle::dead_letter::DeadLetters;
 use crate::settle::{Disposition, Reason, Receipt, Refusal};
 
@@ -72,15 +72,15 @@ pub async fn run(mut outlet: Outlet, stages: Arc<Stages>, beat: Progress) {
 
 /// One frame's whole way. A panic in publishing costs this frame only: it becomes a dead letter `internal-error`.
 async fn carry(delivery: Delivery, stages: Arc<Stages>) {
-    let Delivery { take, lease, .. } = delivery;
+    let Delivery { counts, take, lease, .. } = delivery;
     let (frame, receipt, image, refusal) = match stages.encoder.encode(take).await {
         Encoded::Gone => return,
         Encoded::Flawed { frame, image, refusal, receipt } => (frame, receipt, image, refusal),
         Encoded::Ready { frame, body, receipt } => {
             let attempt = stages.publisher.publish(&frame, body.bytes(), || lease.begun());
             match AssertUnwindSafe(attempt).catch_unwind().await {
-                Ok(Outcome::Accepted) => return accepted(&stages, &frame, receipt),
-                Ok(Outcome::Released) => return released(&frame, receipt),
+                Ok(Outcome::Accepted) => return accepted(&counts, &frame, receipt),
+                Ok(Outcome::Released { .. }) => return released(&frame, receipt),
                 Ok(Outcome::Refused(refusal)) => (frame, receipt, Bytes::from(body.image()), refusal),
                 Err(_panic) => {
                     let refusal = Refusal {
@@ -95,13 +95,22 @@ async fn carry(delivery: Delivery, stages: Arc<Stages>) {
         }
     };
     lease.begun();
-    reject(&stages, frame, receipt, image, refusal, &lease).await;
+    let reason = refusal.reason;
+    if keep(&stages, &frame, image, refusal).await {
+        counts.dead_lettered(reason);
+        tracing::debug!(id = %frame.id, detector = %frame.detector.name, name = ?frame.original_name, %reason, "frame kept as a dead letter");
+        receipt.settle(Disposition::Rejected);
+    } else {
+        released(&frame, receipt);
+    }
+    // Frames that wait for the disk count in the budget.
+    drop(lease);
 }
 
-fn accepted(stages: &Stages, frame: &Frame, receipt: Receipt) {
+fn accepted(counts: &DetectorMetrics, frame: &Frame, receipt: Receipt) {
     let delivery = frame.noticed.elapsed();
     let age = Duration::try_from(Timestamp::now().duration_since(frame.detect_time)).unwrap_or_default();
-    stages.metrics.detector(&frame.detector.name).published(frame.image_bytes, delivery, age);
+    counts.published(frame.image_bytes, delivery, age);
     tracing::debug!(id = %frame.id, detector = %frame.detector.name, name = ?frame.original_name, ms = delivery.as_millis(), "frame published");
     receipt.settle(Disposition::Accepted);
 }
@@ -111,15 +120,12 @@ fn released(frame: &Frame, receipt: Receipt) {
     receipt.settle(Disposition::Released);
 }
 
-/// Keeps the frame as a dead letter, for as long as it takes the disk to allow it; only then the source lets go.
-/// `_lease` is held so that frames which wait for the disk count in the budget.
-async fn reject(stages: &Arc<Stages>, frame: Frame, receipt: Receipt, image: Bytes, refusal: Refusal, _lease: &Lease) {
-    let frame = Arc::new(frame);
+/// Keeps the frame as a dead letter, for as long as it takes the disk to allow it; `false`: the daemon stops before that.
+async fn keep(stages: &Stages, frame: &Frame, image: Bytes, refusal: Refusal) -> bool {
     loop {
         let (keeper, kept, bytes, why) = (stages.dead_letters.clone(), frame.clone(), image.clone(), refusal.clone());
-        let result = tokio::task::spawn_blocking(move || keeper.keep(&kept, &bytes, &why)).await;
-        match result {
-            Ok(Ok(())) => break,
+        match tokio::task::spawn_blocking(move || keeper.keep(&kept, &bytes, &why)).await {
+            Ok(Ok(())) => return true,
             Ok(Err(error)) => {
                 stages.metrics.counter("settle_errors_total", &[("operation", "dead-letter")]).increment(1);
                 tracing::warn!(id = %frame.id, %error, "cannot keep a dead letter; the frame stays at its source and is tried again");
@@ -128,12 +134,9 @@ async fn reject(stages: &Arc<Stages>, frame: Frame, receipt: Receipt, image: Byt
         }
         tokio::select! {
             () = tokio::time::sleep(DEAD_LETTER_RETRY) => {}
-            () = stages.stop.cancelled() => return released(&frame, receipt),
+            () = stages.stop.cancelled() => return false,
         }
     }
-    stages.metrics.detector(&frame.detector.name).dead_lettered(refusal.reason);
-    tracing::debug!(id = %frame.id, detector = %frame.detector.name, name = ?frame.original_name, reason = %refusal.reason, "frame kept as a dead letter");
-    receipt.settle(Disposition::Rejected);
 }
 
 /// `carry` catches panics where it can; one that still got here has released its frame by dropping the receipt.

@@ -1,5 +1,5 @@
 //! The token: getting one (file, renewal, login) and knowing when to renew it. Times are measured on the monotonic clock from
-//! the moment of receipt, so a wrong wall clock hurts nothing. Not here: when one is needed (that is `state`).
+//! the moment of receipt, so a wrong wall clock hurts nothing. Not here: when one is needed (that is `line`).
 
 use std::fmt;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `state`).
+//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `line`).
 
 use std::time::{Duration, SystemTime};
 
@@ -86,6 +86,26 @@ impl Verdict {
             Verdict::NotOurEngine(_) => "unexpected-answer",
             Verdict::Unreachable(_) => "unreachable",
             Verdict::Ambiguous(_) => "ambiguous",
+        }
+    }
+
+    /// What was said, for people: the reason first, in one bounded line.
+    pub(super) fn said(&self) -> String {
+        let reason = self.reason();
+        match self {
+            Verdict::Accepted => reason.to_owned(),
+            Verdict::Token => format!("{reason}: status 401"),
+            Verdict::Forbidden { status, message }
+            | Verdict::Rejected { status, message }
+            | Verdict::ServerError { status, message }
+            | Verdict::Transient { status, message, .. } => {
+                let colon = if message.is_empty() { "" } else { ": " };
+                format!("{reason}: status {status}{colon}{message}")
+            }
+            Verdict::Credentials(what)
+            | Verdict::NotOurEngine(what)
+            | Verdict::Unreachable(what)
+            | Verdict::Ambiguous(what) => format!("{reason}: {what}"),
         }
     }
 }
@@ -277,7 +297,7 @@ reset, sent             ambiguous
     }
 
     #[test]
-    fn retry_after_is_clamped_and_garbage_is_ignored() {
+    fn c2_a_retry_after_is_clamped_and_garbage_is_ignored() {
         let now = httpdate::parse_http_date("Mon, 23 Nov 2026 11:00:00 GMT").unwrap();
         let secs = Duration::from_secs;
         for (text, expected) in [
