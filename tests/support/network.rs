@@ -119,7 +119,6 @@ struct Shared {
     reset: AtomicU64,
     /// … after so many bytes of the server's have been passed on.
     after: AtomicU64,
-    accepted: AtomicU64,
     was_reset: AtomicU64,
 }
 
@@ -133,7 +132,6 @@ impl Relay {
             stop: AtomicBool::new(false),
             reset: AtomicU64::new(0),
             after: AtomicU64::new(0),
-            accepted: AtomicU64::new(0),
             was_reset: AtomicU64::new(0),
         });
         let accepting = {
@@ -157,11 +155,6 @@ impl Relay {
     pub fn was_reset(&self) -> u64 {
         self.shared.was_reset.load(Ordering::Relaxed)
     }
-
-    /// How many connections came.
-    pub fn accepted(&self) -> u64 {
-        self.shared.accepted.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for Relay {
@@ -178,7 +171,6 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     while !shared.stop.load(Ordering::Relaxed) {
         match listener.accept() {
             Ok((client, _)) => {
-                shared.accepted.fetch_add(1, Ordering::Relaxed);
                 let shared = shared.clone();
                 std::thread::spawn(move || drop(relay(&client, &shared)));
             }
