@@ -12,6 +12,7 @@
 
 pub mod engine;
 pub mod faults;
+pub mod network;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
