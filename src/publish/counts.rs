@@ -42,7 +42,7 @@ impl Handles {
             Err(SendError::Timeout { .. }) => "timeout",
             Err(SendError::Connect(_) | SendError::Dns(_)) => "connect",
             Err(SendError::Tls(_) | SendError::Certificate(_)) => "tls",
-            Err(SendError::Reset { .. }) => "reset",
+            Err(SendError::Reset { .. } | SendError::Refused(_)) => "reset",
         };
         if let Some((_, counter)) = self.errors.iter().find(|(name, _)| *name == error) {
             counter.increment(1);

@@ -282,7 +282,7 @@ async fn read(mut response: reqwest::Response, deadline: Instant) -> Result<Repl
 fn classify(error: reqwest::Error, sent: bool) -> SendError {
     let (connect, dns, timeout) = (error.is_connect(), error.is_dns(), error.is_timeout());
     let error = error.without_url();
-    let (mut what, mut certificate, mut tls) = (error.to_string(), false, false);
+    let (mut what, mut certificate, mut tls, mut refused) = (error.to_string(), false, false, false);
     let mut cause = error.source();
     while let Some(inner) = cause {
         what = inner.to_string();
@@ -292,10 +292,12 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
             certificate =
                 matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented);
         }
+        refused |= inner.downcast_ref::<h2::Error>().is_some_and(is_unread);
         cause = inner.source();
     }
     let what = bounded(&what);
     match (connect, tls, sent) {
+        _ if refused => SendError::Refused(what),
         (true, true, _) if certificate => SendError::Certificate(what),
         (true, true, _) => SendError::Tls(what),
         (true, false, _) if dns => SendError::Dns(what),
@@ -303,6 +305,11 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
         (false, ..) if timeout => SendError::Timeout { sent },
         (false, ..) => SendError::Reset { sent, what },
     }
+}
+
+/// Whether the server said that it has not looked at the stream (RFC 9113, 6.8 and 8.7).
+fn is_unread(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// An I/O error hides what it wraps from `source`, and may wrap another one.

@@ -237,7 +237,7 @@ fn judge_token(result: &Result<Reply, SendError>, password: Option<&Secret>) -> 
         Verdict::Forbidden { status, message } | Verdict::Rejected { status, message } => {
             Verdict::Credentials(masked(&format!("the login was refused ({status}): {message}")))
         }
-        Verdict::Ambiguous(what) => Verdict::Unreachable(format!("at the login: {what}")),
+        Verdict::Ambiguous(what) | Verdict::Unread(what) => Verdict::Unreachable(format!("at the login: {what}")),
         Verdict::ServerError { status, message } => Verdict::ServerError { status, message: masked(&message) },
         Verdict::Transient { status, retry_after, message } => {
             Verdict::Transient { status, retry_after, message: masked(&message) }

@@ -122,6 +122,12 @@ impl Line {
                 self.engine_trouble(State::Unreachable, None, &what, speaks, now);
                 self.put_in_line(id, None, now);
             }
+            Verdict::Unread(what) => {
+                if probe {
+                    self.engine_trouble(State::Unreachable, None, &what, speaks, now);
+                }
+                self.back_off(id, now);
+            }
             Verdict::Ambiguous(what) => {
                 self.concurrency.overloaded(now);
                 self.lost = self.lost.saturating_add(1);
@@ -306,6 +312,7 @@ impl Line {
             | Verdict::Credentials(_)
             | Verdict::Transient { .. }
             | Verdict::NotOurEngine(_)
+            | Verdict::Unread(_)
             | Verdict::Unreachable(_)
             | Verdict::Ambiguous(_) => false,
         };

@@ -49,7 +49,9 @@ impl Line {
         let (state, until, reason) = match verdict {
             Verdict::Credentials(message) => (State::Credentials, None, message.clone()),
             Verdict::NotOurEngine(what) => (State::UnexpectedAnswer, None, format!("at the login: {what}")),
-            Verdict::Unreachable(what) | Verdict::Ambiguous(what) => (State::Unreachable, None, what.clone()),
+            Verdict::Unread(what) | Verdict::Unreachable(what) | Verdict::Ambiguous(what) => {
+                (State::Unreachable, None, what.clone())
+            }
             Verdict::Transient { status, retry_after, message } => {
                 let state = if retry_after.is_some() || *status == 429 { State::Throttled } else { State::Failing };
                 (state, *retry_after, format!("login answered {status}: {message}"))
