@@ -819,31 +819,111 @@ fn a19_when_there_are_no_inodes_for_dead_letters_the_source_keeps_its_files_unti
     dead_letters_without_room("a19", "nr_inodes=20", "nr_inodes=1000");
 }
 
-#[test]
-fn a18_when_the_archive_is_full_nothing_is_published_twice_and_the_rest_follows() {
+/// A detector `Cam` that archives to a file system in memory, which has room for two of [`six_faces`].
+fn archive_without_room(test: &str) -> Option<(std::sync::Arc<Engine>, Site, Mount)> {
     let engine = Engine::start();
     let site = Site::new(&engine.base_url());
     let archive = site.path().join("archive");
     let keys =
         format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
     let site = site.detector("Cam", "UTC", &keys);
-    let Some(disk) = Mount::tmpfs(&archive, "size=64k") else { return skipped("a18", "no tmpfs can be mounted") };
-    let mut daemon = site.run();
-    let faces: Vec<Vec<u8>> = (0..6).map(|n| faces::face(n, 30 << 10)).collect();
+    let Some(disk) = Mount::tmpfs(&archive, "size=64k") else {
+        skipped(test, "no tmpfs can be mounted");
+        return None;
+    };
+    Some((engine, site, disk))
+}
+
+fn six_faces() -> Vec<Vec<u8>> {
+    (0..6).map(|n| faces::face(n, 30 << 10)).collect()
+}
+
+/// Publishes these, all of them in hand before the first is settled, and waits until not all of them can be archived.
+fn publish_into_full_archive(engine: &Engine, site: &Site, daemon: &Daemon<'_>, faces: &[Vec<u8>]) {
+    let dir = site.drop_dir("Cam");
+    engine.hold();
     for (n, face) in faces.iter().enumerate() {
-        put(&site.drop_dir("Cam"), &format!("{n}.jpg"), face);
+        put(&dir, &format!("{n}.jpg"), face);
     }
-    engine.until_accepted(6);
-    let samples = until(&daemon, "the archive is full", |it| it.count(ERRORS, "operation=\"remove\"") > 0);
-    assert_eq!(samples.count(PUBLISHED, ""), 6);
-    let rescans = until(&daemon, "and it is said", |it| it.count(UP, "") == 0).count("framegate_rescans_total", "");
-    let samples = until(&daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3);
+    let taken = || (0..faces.len()).all(|n| !dir.join(format!("{n}.jpg")).exists());
+    eventually("they are taken", PATIENCE, || taken().then_some(()));
+    engine.release();
+    engine.until_accepted(faces.len() as u64);
+    until(daemon, "the archive is full, and it is said", |it| {
+        it.count(ERRORS, "operation=\"remove\"") > 0 && it.count(UP, "") == 0
+    });
+}
+
+/// Three more scans.
+fn scans(daemon: &Daemon<'_>) -> Samples {
+    let rescans = daemon.metrics().count("framegate_rescans_total", "");
+    until(daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3)
+}
+
+#[test]
+fn a18_while_the_archive_is_full_nothing_more_is_taken_and_nothing_is_published_twice() {
+    let Some((engine, site, disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let mut daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    let later: Vec<Vec<u8>> = (0..20).map(|n| image(100 + n)).collect();
+    for (n, face) in later.iter().enumerate() {
+        put(&site.drop_dir("Cam"), &format!("later{n}.jpg"), face);
+    }
+    let samples = scans(&daemon);
     assert_eq!(samples.count(UP, ""), 0, "it stays held");
+    assert_eq!((samples.count(PUBLISHED, ""), engine.counts().publish), (6, 6));
+    assert!((0..20).all(|n| site.drop_dir("Cam").join(format!("later{n}.jpg")).exists()), "they wait in their place");
     disk.remount("size=16m");
     daemon.idle(PATIENCE);
-    assert_eq!(nothing_lost(&[&engine], &faces.iter().map(|face| hash(face)).collect::<Vec<_>>()), 0);
-    assert_eq!(files_below(&archive).len(), 6);
+    let all: Vec<Hash> = faces.iter().chain(&later).map(|face| hash(face)).collect();
+    assert_eq!(nothing_lost(&[&engine], &all), 0);
+    assert_eq!(files_below(&site.path().join("archive")).len(), 26);
     until(&daemon, "it delivers again", |it| it.count(UP, "") == 1);
+}
+
+#[test]
+fn a18_a_reload_takes_over_what_could_not_be_archived_and_publishes_none_of_it_again() {
+    let Some((engine, site, _disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let mut daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    let reload = |from: &str, to: &str| {
+        let config = fs::read_to_string(site.config()).unwrap();
+        assert!(config.contains(from));
+        fs::write(site.config(), config.replace(from, to)).unwrap();
+        assert!(site.command(&["reload"]).output().unwrap().status.success());
+    };
+    let errors = daemon.metrics().count(ERRORS, "operation=\"remove\"");
+    let stuck = i64::try_from(site.files_left().len()).unwrap();
+    reload("UTC", "Europe/Paris");
+    until(&daemon, "a last try, then one by the successor", |it| {
+        it.count(ERRORS, "operation=\"remove\"") >= errors + 2 * stuck
+    });
+    put(&site.drop_dir("Cam"), "later.jpg", &image(100));
+    let samples = scans(&daemon);
+    assert_eq!((samples.count(UP, ""), engine.counts().publish), (0, 6));
+    fs::create_dir(site.path().join("other")).unwrap();
+    reload("/archive\"", "/other\"");
+    daemon.idle(PATIENCE);
+    let all: Vec<Hash> = faces.iter().map(|face| hash(face)).chain([hash(&image(100))]).collect();
+    assert_eq!(nothing_lost(&[&engine], &all), 0);
+    let kept = ["archive", "other"].map(|name| files_below(&site.path().join(name)).len());
+    assert_eq!(kept.iter().sum::<usize>(), 7, "{kept:?}");
+}
+
+#[test]
+fn a18_what_could_not_be_archived_is_tried_once_more_at_a_stop() {
+    let Some((engine, site, disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    disk.remount("size=16m");
+    assert!(daemon.stop().success());
+    assert_eq!(files_below(&site.path().join("archive")).len(), 6);
+    let mut daemon = site.run();
+    daemon.idle(PATIENCE);
+    assert_eq!(engine.counts().publish, 6);
 }
 
 // ---- A20–A23: file systems that refuse
@@ -873,13 +953,13 @@ fn a20_on_a_file_system_that_became_read_only_nothing_is_published_in_a_loop_and
     for n in 3..6 {
         put(&dir, &format!("{n}.jpg"), &image(n));
     }
-    let samples = until(&daemon, "more cannot be taken", |it| it.count(ERRORS, "operation=\"claim\"") >= 6);
-    assert_eq!(engine.counts().publish, 3, "what cannot be taken is not published");
+    let samples = until(&daemon, "two more rounds of it", |it| it.count(ERRORS, "operation=\"remove\"") >= 9);
+    assert_eq!(samples.count(ERRORS, "operation=\"claim\""), 0, "no more are taken");
+    assert!((3..6).all(|n| dir.join(format!("{n}.jpg")).exists()), "they wait in their place");
+    assert_eq!(engine.counts().publish, 3);
     assert_eq!(samples.count(UP, ""), 0);
     let (status, reasons) = daemon.get("/readyz").unwrap();
     assert!(status == 503 && reasons.contains("Cam"), "{status} {reasons}");
-    until(&daemon, "two rounds of it", |it| it.count(ERRORS, "operation=\"remove\"") >= 6);
-    assert_eq!(engine.counts().publish, 3);
     drop(strace);
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &(0..6).map(|n| hash(&image(n))).collect::<Vec<_>>()), 0);

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::claim::Root;
 pub use self::config::{AfterPublish, Config, DetectTime, FromName, Template, Watch};
+pub use self::site::Unsettled;
 use self::site::{Settled, Site, Tally, Via};
 use self::watch::{Event, Events, Watcher};
 use self::window::Key;
@@ -41,12 +42,14 @@ const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 
 /// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
+/// What could not be settled is left in `unsettled`, and what others left of this directory is taken over from there.
 pub async fn run(
     entry: Arc<Entry>,
     intake: Intake,
     metrics: Arc<Metrics>,
     max_frame: u64,
     health: Health,
+    unsettled: Unsettled,
     stop: CancellationToken,
 ) {
     let (site, settled) = match Site::new(entry, intake, metrics, max_frame, health.clone()) {
@@ -64,7 +67,7 @@ pub async fn run(
         drain(&site).await;
         finished.cancel();
     };
-    tokio::join!(serving, settle(&site, settled, &finished));
+    tokio::join!(serving, settle(&site, settled, &unsettled, &finished));
     let last = site.clone();
     // A panic in there would be a bug; the claims are adopted at the next start all the same.
     drop(
@@ -202,8 +205,8 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
 
 /// Nothing more is offered; waits until every frame in hand has come back.
 async fn drain(site: &Arc<Site>) {
-    site.stopping.store(true, Ordering::Relaxed);
-    while site.outstanding.load(Ordering::Acquire) > 0 {
+    site.stopping.store(true, Ordering::SeqCst);
+    while site.outstanding.load(Ordering::SeqCst) > 0 {
         tokio::select! {
             () = site.changed.notified() => {}
             // A notification may have been taken by the look that came before.
@@ -212,16 +215,30 @@ async fn drain(site: &Arc<Site>) {
     }
 }
 
-/// Carries out dispositions in batches, and again what the file system refused.
-async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>, finished: &CancellationToken) {
+/// Carries out dispositions in batches, and again and again what the file system refused: that is remembered, and never
+/// published again while this process lives.
+async fn settle(
+    site: &Arc<Site>,
+    mut settled: mpsc::UnboundedReceiver<Settled>,
+    unsettled: &Unsettled,
+    finished: &CancellationToken,
+) {
     let mut stuck: Vec<Settled> = Vec::new();
     let mut batch = Vec::new();
     let mut again = Instant::now();
     loop {
         tokio::select! {
             biased;
-            () = tokio::time::sleep_until(again), if !stuck.is_empty() => {
-                stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
+            () = tokio::time::sleep_until(again) => {
+                if let Some(root) = &*site.root.load() {
+                    stuck.extend(unsettled.take(root));
+                }
+                if stuck.is_empty() {
+                    again = Instant::now() + LOOK_EVERY;
+                    continue;
+                }
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
+                stuck = settle_batch(site, stuck).await;
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
                 if stuck.is_empty() {
@@ -230,10 +247,8 @@ async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>,
                 }
             }
             n = settled.recv_many(&mut batch, BATCH) => {
-                let fresh = std::mem::take(&mut batch);
-                let left = settle_batch(site, fresh).await;
-                // What cannot be removed is remembered, and never published again while we live.
-                if stuck.is_empty() {
+                let left = settle_batch(site, std::mem::take(&mut batch)).await;
+                if stuck.is_empty() && !left.is_empty() {
                     again = Instant::now() + SETTLE_AGAIN;
                 }
                 stuck.extend(left);
@@ -242,9 +257,10 @@ async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>,
                     site.done();
                 }
             }
-            () = finished.cancelled() => return,
+            () = finished.cancelled() => break,
         }
     }
+    unsettled.leave(settle_batch(site, stuck).await);
 }
 
 async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
@@ -261,8 +277,7 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
         }
         if let Some(error) = why {
             at.hold(&format!(
-                "{} settled files cannot be removed ({error}); they are not published again while this runs",
-                stuck.len()
+                "published files cannot be removed or archived ({error}); no more are taken until they are"
             ));
         }
         stuck

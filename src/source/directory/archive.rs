@@ -16,28 +16,43 @@ use super::claim::Claim;
 use super::tree;
 
 /// Moves a claimed file into the archive. A file of that name that is there already stays; the new one gets its frame
-/// id in front. On another file system it is copied, and durable there before the claim goes.
+/// id in front. On another file system it is copied, and durable there before the claim goes. Done already is done.
 pub(super) fn keep(archive: &Path, claim: &Claim) -> io::Result<()> {
     let root = tree::open(archive).map_err(|error| {
         io::Error::new(error.kind(), format!("the archive {} cannot be opened: {error}", archive.display()))
     })?;
-    let to = tree::make_below(root.as_fd(), &claim.dir)?;
-    let (place, name) = claim.place(false)?;
+    let (place, name) = match claim.place(false) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
     let second = [claim.id.as_str().as_bytes(), b".", claim.name.rsplit(|b| *b == b'.').next().unwrap_or(b"")].concat();
-    for as_name in [&*claim.name, &second] {
-        match rename(place.as_fd(), &name, to.as_fd(), as_name) {
-            Ok(()) => return Ok(()),
-            Err(Errno::EXIST) => {}
-            Err(Errno::XDEV) => return copy(claim, place.as_fd(), &name, to.as_fd(), &second),
-            Err(error) => return Err(error.into()),
+    // Twice: tidying may remove the directory between making it and renaming into it.
+    for _ in 0..2 {
+        let to = tree::make_below(root.as_fd(), &claim.dir)?;
+        for as_name in [&*claim.name, &second] {
+            match rename(place.as_fd(), &name, to.as_fd(), as_name) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EXIST) => {}
+                Err(Errno::XDEV) => return copy(claim, place.as_fd(), &name, to.as_fd(), &second),
+                Err(Errno::NOENT) => match tree::look(&place, &name) {
+                    // Done by a try whose answer was lost, or somebody removed it.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                    Err(error) => return Err(error),
+                    Ok(_) => break,
+                },
+                Err(error) => return Err(error.into()),
+            }
         }
     }
-    Err(io::ErrorKind::AlreadyExists.into())
+    Err(io::Error::other(format!("no place for it in the archive {}", archive.display())))
 }
 
 fn copy(claim: &Claim, from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, second: &[u8]) -> io::Result<()> {
     let temp = format!(".{}.tmp", claim.id);
-    let mut source = File::from(tree::open_file(from, name)?);
+    let mut source = match tree::open_file(from, name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => File::from(other?),
+    };
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut target = File::from(rustix::fs::openat(to, temp.as_str(), flags, Mode::RUSR | Mode::WUSR)?);
     let result = (|| {
@@ -99,7 +114,32 @@ fn rename(from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, as_name: &[u8])
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::claim::Root;
     use super::*;
+
+    fn claimed(drop_dir: &Path, name: &str) -> Claim {
+        std::fs::write(drop_dir.join(name), name).unwrap();
+        let root = Arc::new(Root::open(drop_dir).unwrap());
+        root.claim(root.fd.as_fd(), &Arc::from(*b""), &name.as_bytes().into()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_claim_that_is_gone_already_is_archived_and_one_that_is_there_is_not_gone_because_the_archive_is() {
+        let home = tempfile::tempdir().unwrap();
+        let [drop_dir, archive] = ["drop", "archive"].map(|name| home.path().join(name));
+        std::fs::create_dir(&drop_dir).unwrap();
+        let claim = claimed(&drop_dir, "a.jpg");
+        assert_eq!(keep(&archive, &claim).unwrap_err().kind(), io::ErrorKind::NotFound);
+        std::fs::create_dir(&archive).unwrap();
+        keep(&archive, &claim).unwrap();
+        keep(&archive, &claim).unwrap();
+        let claim = claimed(&drop_dir, "b.jpg");
+        std::fs::remove_dir_all(drop_dir.join(".framegate")).unwrap();
+        keep(&archive, &claim).unwrap();
+        assert_eq!(std::fs::read_dir(&archive).unwrap().count(), 1);
+    }
 
     #[test]
     fn only_files_that_lie_there_for_long_are_removed() {

@@ -31,6 +31,7 @@ pub(super) use self::noticing::Via;
 use self::noticing::Young;
 pub(super) use self::scanning::Tally;
 pub(super) use self::settling::Settled;
+pub use self::settling::Unsettled;
 use self::taking::SiteLine;
 
 /// Detectors that one entry with placeholders may make.
@@ -52,14 +53,14 @@ pub(super) struct Site {
     settle: mpsc::UnboundedSender<Settled>,
     /// Frames offered or in hand.
     pub outstanding: AtomicUsize,
-    /// Told when `outstanding` falls to zero, or a young file is waiting.
+    /// Told when `outstanding` falls to zero while stopping, or a young file is waiting.
     pub changed: Notify,
     pub stopping: AtomicBool,
     /// A frame went back in line without its line being said to be ready: at once would be a busy loop.
     pub put_back: AtomicBool,
     /// Something was missed that a scan will find.
     pub missed: AtomicBool,
-    /// Settled frames whose files cannot be removed: while there are any, the detector stays held.
+    /// Settled frames whose files cannot be removed: while there are any, the detector stays held and takes no more.
     pub stuck: AtomicUsize,
 }
 
@@ -187,7 +188,7 @@ impl Site {
 
     /// One frame less in hand.
     pub(super) fn done(&self) {
-        if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.outstanding.fetch_sub(1, Ordering::SeqCst) == 1 && self.stopping.load(Ordering::SeqCst) {
             self.changed.notify_one();
         }
     }

@@ -1,13 +1,13 @@
 //! Settling: what became of a claimed frame is carried out, and in the end everything left is given back.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::super::claim::Claim;
+use super::super::claim::{Claim, Root};
 use super::super::tree::{self, Look};
 use super::super::window::Waiting;
 use super::super::{AfterPublish, archive};
@@ -29,6 +29,31 @@ pub(in crate::source::directory) struct Held {
     pub(super) look: Look,
     pub(super) noticed: Instant,
     pub(super) received_at: Timestamp,
+}
+
+/// What sources could not settle before they ended, for those that follow them in this process: nobody else adopts the
+/// claims, so none is published again, and a reload that mends the cause settles them.
+#[derive(Clone, Default)]
+pub struct Unsettled(Arc<Mutex<Vec<Settled>>>);
+
+impl Unsettled {
+    /// Keeps these until somebody serves their directory, or the process ends.
+    pub(in crate::source::directory) fn leave(&self, stuck: Vec<Settled>) {
+        self.all().extend(stuck);
+    }
+
+    /// Those whose claims lie in this drop directory: the caller's from now on.
+    pub(in crate::source::directory) fn take(&self, root: &Root) -> Vec<Settled> {
+        let here = |settled: &mut Settled| {
+            let its = &settled.held.claim.root;
+            (its.dev, its.ino) == (root.dev, root.ino)
+        };
+        self.all().extract_if(.., here).collect()
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Settled>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Site {

@@ -39,6 +39,19 @@ struct Offered {
 }
 
 impl Site {
+    /// Who is next in `detector`'s line, unless nothing may be taken now.
+    fn next(&self, detector: &str) -> Option<Waiting> {
+        // Stuck: what is published now could not be settled either, and would pile up beside what cannot be already.
+        // Right after one could not be taken, none is: whoever looks after the directory asks again within a second.
+        if self.stopping.load(Ordering::SeqCst)
+            || self.stuck.load(Ordering::Relaxed) > 0
+            || self.put_back.load(Ordering::Relaxed)
+        {
+            return None;
+        }
+        self.inner().window.next(detector, Instant::now())
+    }
+
     /// Runs on an encode worker: reads, checks, claims.
     fn take(self: &Arc<Self>, offered: &mut Offered, buffer: &mut Vec<u8>) -> Taken {
         let Some(waiting) = offered.waiting.clone() else { return Taken::Gone };
@@ -316,12 +329,12 @@ enum Catch {
 
 impl Line for SiteLine {
     fn next(&self) -> Option<Offer> {
-        // Right after one could not be taken, none is: whoever looks after the directory asks again within a second.
-        if self.site.stopping.load(Ordering::Relaxed) || self.site.put_back.load(Ordering::Relaxed) {
+        // Counted first and looked second, and the other way round where a stop waits for the count: one sees the other.
+        self.site.outstanding.fetch_add(1, Ordering::SeqCst);
+        let Some(waiting) = self.site.next(&self.detector) else {
+            self.site.done();
             return None;
-        }
-        let waiting = self.site.inner().window.next(&self.detector, Instant::now())?;
-        self.site.outstanding.fetch_add(1, Ordering::AcqRel);
+        };
         let image_bytes = waiting.size;
         let mut offered = Offered { site: self.site.clone(), detector: self.detector.clone(), waiting: Some(waiting) };
         Some(Offer { image_bytes, take: Box::new(move |buffer| self::take(&mut offered, buffer)) })
