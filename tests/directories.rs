@@ -37,6 +37,7 @@ const RECEIVED: &str = "framegate_frames_received_total";
 const PUBLISHED: &str = "framegate_frames_published_total";
 const DEAD: &str = "framegate_frames_dead_lettered_total";
 const DROPPED: &str = "framegate_frames_dropped_total";
+const RETURNED: &str = "framegate_frames_returned_total";
 const REFUSED: &str = "framegate_frames_refused_total";
 const PENDING: &str = "framegate_frames_pending";
 const ERRORS: &str = "framegate_settle_errors_total";
@@ -998,10 +999,42 @@ fn a21_a_file_that_may_not_be_read_is_refused_and_published_once_it_may() {
     let rescans = samples.count("framegate_rescans_total", "");
     let samples = until(&daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3);
     assert_eq!(samples.count(REFUSED, ""), 1, "counted once");
+    assert_eq!((samples.count(DROPPED, ""), samples.count(RETURNED, "")), (0, 1), "it is still there");
     samples.equation_holds().unwrap();
     fs::set_permissions(dir.join("x.jpg"), Permissions::from_mode(0o644)).unwrap();
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
+}
+
+#[test]
+fn a21_a_sub_directory_that_may_not_be_looked_into_is_refused_once_and_served_once_it_may() {
+    let engine = Engine::start();
+    let site = site(&engine, QUICK);
+    let dir = site.drop_dir("Cam");
+    let Some(mut daemon) = unprivileged(&site) else { return skipped("a21", "no other user to run as") };
+    // One that cannot be listed, and one whose files cannot be looked at.
+    for (name, mode) in [("list", 0o700), ("look", 0o744)] {
+        fs::create_dir(dir.join(name)).unwrap();
+        fs::write(dir.join(name).join(".x"), image(1)).unwrap();
+        fs::set_permissions(dir.join(name), Permissions::from_mode(mode)).unwrap();
+        fs::rename(dir.join(name).join(".x"), dir.join(name).join("x.jpg")).unwrap();
+    }
+    put(&dir, "good.jpg", &image(2));
+    engine.until_accepted(1);
+    until(&daemon, "both are refused", |it| it.count(REFUSED, &reason("unreadable")) == 2);
+    let samples = scans(&daemon);
+    assert_eq!(samples.count(REFUSED, ""), 2, "counted once each");
+    assert_eq!(
+        site.log().matches("may not look into it").count(),
+        2,
+        "said once each, with the remedy: {}",
+        site.log()
+    );
+    for name in ["list", "look"] {
+        std::os::unix::fs::chown(dir.join(name), Some(65534), Some(65534)).unwrap();
+    }
+    engine.until_accepted(3);
+    daemon.idle(PATIENCE);
 }
 
 #[test]
@@ -1021,7 +1054,9 @@ fn a21_a_directory_that_files_may_not_be_taken_from_holds_its_detector_and_publi
     assert_eq!(samples.count(UP, ""), 0);
     assert_eq!(engine.counts().publish, 1);
     assert!(site.log().contains("owner"), "what to do is said");
-    assert!(site.log().matches("detector held").count() < 4, "it is not said again and again: {}", site.log());
+    let samples = scans(&daemon);
+    assert_eq!(samples.count(UP, ""), 0, "a scan that goes well does not mend it");
+    assert_eq!(site.log().matches("detector held").count(), 1, "it is not said again and again: {}", site.log());
     std::os::unix::fs::chown(&dir, Some(65534), Some(65534)).unwrap();
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
@@ -1041,7 +1076,7 @@ fn a21_a_directory_that_files_may_not_be_taken_from_holds_its_detector_and_publi
 }
 
 #[test]
-fn a22_read_errors_are_tried_again() {
+fn a22_a_file_that_cannot_be_read_is_named_and_tried_again_and_delays_nothing_else() {
     let engine = Engine::start();
     let site = site(&engine, PATIENT);
     let dir = site.drop_dir("Cam");
@@ -1051,17 +1086,48 @@ fn a22_read_errors_are_tried_again() {
     let Some(strace) = Strace::attach(
         daemon.pid(),
         &trace,
-        &["-y", "-P", &watched, "-e", "trace=read,pread64", "-e", "inject=read,pread64:error=EIO:when=1..2"],
+        &["-y", "-P", &watched, "-e", "trace=read,pread64", "-e", "inject=read,pread64:error=EIO"],
     ) else {
         return skipped("a22", "strace cannot attach");
     };
     put(&dir, "x.jpg", &image(1));
-    until(&daemon, "reading failed", |it| it.count(ERRORS, "operation=\"claim\"") >= 1);
+    until(&daemon, "reading failed", |it| it.count(ERRORS, "operation=\"read\"") >= 1);
     assert!(strace.trace().contains("INJECTED"), "{}", strace.trace());
+    put(&dir, "y.jpg", &image(2));
     engine.until_accepted(1);
+    let samples = until(&daemon, "it is tried again", |it| it.count(ERRORS, "operation=\"read\"") >= 3);
+    assert_eq!(samples.count(UP, ""), 1, "one bad file does not hold its detector");
+    assert!(!site.log().contains("detector held"), "{}", site.log());
+    let said = site.log();
+    let said = said.lines().find(|line| line.contains("cannot be read")).expect("it is said");
+    assert!(said.contains("Cam") && said.contains("x.jpg"), "{said}");
     drop(strace);
+    engine.until_accepted(2);
     daemon.idle(PATIENCE);
-    assert_eq!(nothing_lost(&[&engine], &[hash(&image(1))]), 0);
+    assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
+}
+
+#[test]
+fn a20_a_passing_trouble_with_taking_holds_the_detector_as_long_as_it_lasts_and_not_until_the_next_scan() {
+    let engine = Engine::start();
+    let site = site(&engine, BY_EVENT);
+    let dir = site.drop_dir("Cam");
+    let mut daemon = site.run();
+    put(&dir, "first.jpg", &image(1));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    let trace = site.path().join("trace");
+    let Some(strace) = Strace::attach(daemon.pid(), &trace, &["-e", "inject=renameat2:error=EROFS"]) else {
+        return skipped("a20", "strace cannot attach");
+    };
+    put(&dir, "x.jpg", &image(2));
+    let samples = until(&daemon, "it cannot be taken", |it| it.count(ERRORS, "operation=\"claim\"") >= 4);
+    assert_eq!(samples.count(UP, ""), 0);
+    drop(strace);
+    engine.until_accepted(2);
+    until(&daemon, "it delivers again", |it| it.count(UP, "") == 1);
+    assert_eq!(site.log().matches("detector held").count(), 1, "{}", site.log());
+    daemon.idle(PATIENCE);
 }
 
 #[test]
@@ -1418,6 +1484,30 @@ fn frames_that_are_too_old_to_matter_are_dropped_and_counted() {
     let samples = daemon.idle(PATIENCE);
     assert_eq!(samples.count(DROPPED, &reason("max-age")), 10);
     assert_eq!(nothing_lost(&[&engine], &[hash(&image(10))]), 0);
+}
+
+#[test]
+fn a_detector_that_a_reload_replaces_counts_no_waiting_file_twice() {
+    const FILES: i64 = 200;
+    let engine = Engine::start();
+    let site = site(&engine, QUICK);
+    let mut daemon = site.run();
+    engine.hold();
+    for n in 0..FILES.unsigned_abs() {
+        put(&site.drop_dir("Cam"), &format!("{n}.jpg"), &image(n));
+    }
+    until(&daemon, "all wait", |it| it.count(PENDING, "") == FILES);
+    let config = fs::read_to_string(site.config()).unwrap();
+    fs::write(site.config(), config.replace("UTC", "Europe/Paris")).unwrap();
+    assert!(site.command(&["reload"]).output().unwrap().status.success());
+    // The one that goes keeps what is in its hands, the one that comes finds the rest.
+    let samples = until(&daemon, "all are received again", |it| {
+        it.count(RECEIVED, "") > FILES && it.count(RECEIVED, "") - it.count(RETURNED, "") == FILES
+    });
+    assert_eq!(samples.count(PENDING, ""), FILES);
+    engine.release();
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &(0..FILES.unsigned_abs()).map(|n| hash(&image(n))).collect::<Vec<_>>()), 0);
 }
 
 /// One attempt at a time, so that the order of the engine is that of the queue.

@@ -87,7 +87,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
             Ok(root) => {
                 let root = Arc::new(root);
                 site.root.store(Some(root.clone()));
-                site.deliver();
+                site.directory_trouble(None);
                 site.put_back.store(false, Ordering::Relaxed);
                 site.nudge();
                 serve_root(site, &root, stop).await;
@@ -97,7 +97,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
                     drop(spawn_blocking(move || gone.forget_all()).await);
                 }
             }
-            Err(error) => site.hold(&missing(&error)),
+            Err(error) => site.directory_trouble(Some(missing(&error))),
         }
         tokio::select! {
             () = stop.cancelled() => {}
@@ -130,14 +130,15 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
             done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
                 scan = None;
                 match done {
-                    Ok(Ok(true)) => site.deliver(),
+                    Ok(Ok(true)) => site.directory_trouble(None),
                     Ok(Ok(false)) => {
+                        site.directory_trouble(None);
                         (watcher, events) = (None, None);
                         scan_due = Instant::now();
                         exhausted(site);
                     }
                     Ok(Err(error)) => {
-                        site.hold(&missing(&error));
+                        site.directory_trouble(Some(missing(&error)));
                         site.missed.store(true, Ordering::Relaxed);
                     }
                     Err(error) => {
@@ -181,10 +182,11 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                 if same.map(|look| (look.dev, look.ino)).ok() != Some(known) {
                     break;
                 }
+                site.forget_old_trouble();
                 if site.wants_scan() {
                     scan_due = Instant::now();
                 }
-                if site.health.held().is_some() || site.put_back.swap(false, Ordering::Relaxed) {
+                if site.put_back.swap(false, Ordering::Relaxed) || site.health.held().is_some() {
                     site.nudge();
                 }
                 if tidied.is_none_or(|at| at.elapsed() >= ARCHIVE_EVERY) {
@@ -206,6 +208,9 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
 /// Nothing more is offered; waits until every frame in hand has come back.
 async fn drain(site: &Arc<Site>) {
     site.stopping.store(true, Ordering::SeqCst);
+    let waiting = site.clone();
+    // A panic in there would be a bug; what it held is returned in the end.
+    drop(spawn_blocking(move || waiting.return_waiting()).await);
     while site.outstanding.load(Ordering::SeqCst) > 0 {
         tokio::select! {
             () = site.changed.notified() => {}
@@ -242,7 +247,7 @@ async fn settle(
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
                 if stuck.is_empty() {
-                    site.deliver();
+                    site.settling_trouble(None);
                     site.nudge();
                 }
             }
@@ -276,9 +281,8 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
             }
         }
         if let Some(error) = why {
-            at.hold(&format!(
-                "published files cannot be removed or archived ({error}); no more are taken until they are"
-            ));
+            let what = "settled files cannot be removed or archived";
+            at.settling_trouble(Some(format!("{what} ({error}); no more are taken until they are")));
         }
         stuck
     };

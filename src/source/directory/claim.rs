@@ -90,7 +90,10 @@ impl Root {
         let claim = Claim { root: self.clone(), instance: self.own.clone(), id, dir: dir.clone(), name: name.clone() };
         // Twice: pruning may remove a mirrored directory between making it and renaming into it.
         for _ in 0..2 {
-            let (place, as_name) = claim.place(true)?;
+            let (place, as_name) = match claim.place(true) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            };
             match rename(from, name, place.as_fd(), &as_name) {
                 Ok(()) => return Ok(Some(claim)),
                 Err(Errno::NOENT) => match tree::look(from, name) {

@@ -4,9 +4,11 @@
 //! Not here: when things are done (`directory::run`), and who is next (`window`).
 
 mod noticing;
+mod refused;
 mod scanning;
 mod settling;
 mod taking;
+mod trouble;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
@@ -29,10 +31,12 @@ use crate::source::{Entry, Health, State};
 
 pub(super) use self::noticing::Via;
 use self::noticing::Young;
+use self::refused::Refused;
 pub(super) use self::scanning::Tally;
 pub(super) use self::settling::Settled;
 pub use self::settling::Unsettled;
-use self::taking::SiteLine;
+use self::taking::{Later, SiteLine};
+use self::trouble::Troubles;
 
 /// Detectors that one entry with placeholders may make.
 const DETECTORS_MAX: usize = 1000;
@@ -50,6 +54,7 @@ pub(super) struct Site {
     /// The drop directory while it can be used.
     pub root: ArcSwapOption<Root>,
     state: Mutex<Inner>,
+    troubles: Mutex<Troubles>,
     settle: mpsc::UnboundedSender<Settled>,
     /// Frames offered or in hand.
     pub outstanding: AtomicUsize,
@@ -67,10 +72,14 @@ pub(super) struct Site {
 struct Inner {
     window: Window,
     young: HashMap<Key, Young>,
-    refused: HashMap<Key, (u64, i64)>,
+    /// Claims that gave trouble and wait for another try.
+    later: Vec<Later>,
+    refused: Refused,
     lines: HashMap<Arc<str>, Registered>,
     /// Counted as waiting, but beyond the window; by detector.
     beyond: HashMap<Arc<str>, i64>,
+    /// Out of the window since the scan began, which may or may not have met them; by detector.
+    doubtful: HashMap<Arc<str>, i64>,
     scan: u64,
 }
 
@@ -99,11 +108,14 @@ impl Site {
             state: Mutex::new(Inner {
                 window: Window::new(entry.order, FRAMES_MAX),
                 young: HashMap::new(),
-                refused: HashMap::new(),
+                later: Vec::new(),
+                refused: Refused::default(),
                 lines: HashMap::new(),
                 beyond: HashMap::new(),
+                doubtful: HashMap::new(),
                 scan: 0,
             }),
+            troubles: Mutex::default(),
             entry,
             metrics,
             health,
@@ -124,32 +136,6 @@ impl Site {
             site.register(&mut site.inner(), &name);
         }
         Ok((site, settled))
-    }
-
-    /// The source cannot deliver, and why.
-    pub(super) fn hold(&self, why: &str) {
-        if self.health.set(State::Held(why.to_owned())) {
-            tracing::warn!(detector = %self.entry.name, path = ?self.entry.directory.path, "detector held: {why}");
-        }
-        self.show(false);
-    }
-
-    /// The source can deliver, unless there is something left that it cannot remove.
-    pub(super) fn deliver(&self) {
-        if self.stuck.load(Ordering::Relaxed) > 0 {
-            return;
-        }
-        let was_held = self.health.held().is_some();
-        if self.health.set(State::Ok) && was_held {
-            tracing::info!(detector = %self.entry.name, path = ?self.entry.directory.path, "detector delivers again");
-        }
-        self.show(true);
-    }
-
-    fn show(&self, up: bool) {
-        for line in self.inner().lines.values() {
-            line.metrics.up(up);
-        }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -209,6 +195,12 @@ impl Registered {
         self.pending.fetch_add(i64::try_from(n).unwrap_or(0), Ordering::Relaxed);
     }
 
+    /// It is left alone, or in its place for whoever comes next.
+    fn returned(&self, n: u64) {
+        self.metrics.returned(n);
+        self.pending.fetch_sub(i64::try_from(n).unwrap_or(0), Ordering::Relaxed);
+    }
+
     fn dropped(&self, reason: &'static str) {
         self.metrics.dropped(reason, 1);
         self.pending.fetch_sub(1, Ordering::Relaxed);
@@ -219,3 +211,6 @@ impl Registered {
 fn key_of(claim: &Claim) -> Key {
     Key { dir: claim.dir.clone(), name: format!("/{}", claim.id).as_bytes().into() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,19 +9,19 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::fs::FileType;
+use rustix::io::Errno;
 use tokio::time::Instant;
 
 use super::super::claim::Claim;
 use super::super::tree::{self, Look};
 use super::super::window::{Added, Key, Waiting};
+use super::refused::Say;
 use super::scanning::Tally;
-use super::taking::RETRY_AFTER;
-use super::{Inner, Site};
+use super::taking::{Later, RETRY_AFTER};
+use super::{Inner, NOTHING, Site};
 
 /// Unfinished files that are watched over at once; others wait for the next scan.
 const YOUNG_MAX: usize = 65_536;
-/// Refused entries that are remembered, so that each is counted and said once.
-const REFUSED_MAX: usize = 10_000;
 /// The longest wait between two looks at an unfinished file.
 pub(super) const LOOK_AGAIN_MAX: Duration = Duration::from_secs(5);
 /// Endings of files that somebody is still writing.
@@ -33,7 +33,6 @@ pub(super) struct Young {
     pub mtime: i64,
     pub since: Instant,
     pub due: Instant,
-    pub looks: u32,
     /// Counted as received already.
     pub counted: bool,
     /// Renamed into place.
@@ -70,13 +69,17 @@ impl Site {
         if !self.wanted(&key.name) {
             return;
         }
-        // Gone again, or not to be seen: the next scan looks once more.
-        let Ok(look) = tree::look(dir_fd, &key.name) else { return };
+        let look = match tree::look(dir_fd, &key.name) {
+            Ok(look) => look,
+            // Gone again, or not to be seen: the next scan looks once more.
+            Err(error) => return self.not_seen(&key.dir, tree::look_at(dir_fd), &error, tally),
+        };
         let mut inner = self.inner();
         if let Some(reason) = self.unfit(&look) {
             return self.refuse(&mut inner, key, &look, reason);
         }
-        if inner.refused.get(key) == Some(&(look.ino, look.ctime)) {
+        let scan = inner.scan;
+        if inner.refused.knows(key, &look, scan) {
             return;
         }
         let Some(detector) = self.detector_of(&inner, &key.dir) else {
@@ -89,7 +92,6 @@ impl Site {
             mtime: look.mtime,
             since: now,
             due: now + quiet,
-            looks: 0,
             counted: false,
             settled,
             noticed: now,
@@ -169,10 +171,13 @@ impl Site {
         let beyond = if scan > 0 { &mut tally.no_room } else { &mut inner.beyond };
         match added {
             Added::NoRoom => *beyond.entry(detector.clone()).or_default() += 1,
-            Added::InsteadOf { detector, met } => {
-                *beyond.entry(detector.clone()).or_default() += i64::from(met);
+            Added::InsteadOf { detector, scan: seen } => {
+                *beyond.entry(detector.clone()).or_default() += i64::from(scan == 0 || seen == scan);
                 if scan > 0 {
-                    *tally.added.entry(detector).or_default() -= 1;
+                    *tally.added.entry(detector.clone()).or_default() -= 1;
+                }
+                if scan == 0 || seen == 0 {
+                    *inner.doubtful.entry(detector).or_default() += 1;
                 }
             }
             Added::InLine | Added::Known => {}
@@ -209,26 +214,40 @@ impl Site {
 
     /// An entry that is never taken: counted and said once.
     pub(super) fn refuse(&self, inner: &mut Inner, key: &Key, look: &Look, reason: &'static str) {
-        if inner.refused.get(key) == Some(&(look.ino, look.ctime)) {
-            return;
-        }
-        if inner.refused.len() >= REFUSED_MAX {
-            inner.refused.clear();
-        }
-        let said = inner.refused.insert(key.clone(), (look.ino, look.ctime)).is_some();
+        let (scan, path) = (inner.scan, &self.entry.directory.path);
         let name = self.template.fill(&key.dir).unwrap_or_else(|| self.entry.name.clone());
-        self.metrics.detector(&name).refused(reason);
-        if said {
-            // Whoever changes it again and again must not fill the log.
-            return;
+        let say = inner.refused.add(key, look, scan);
+        match say {
+            Say::New | Say::Changed => self.metrics.detector(&name).refused(reason),
+            Say::More => {
+                tracing::warn!(detector = %name, ?path, "more entries are refused than are remembered; further ones are neither counted nor said");
+            }
+            Say::Nothing => {}
         }
-        tracing::warn!(
-            detector = %name,
-            path = ?self.entry.directory.path,
-            file = ?std::ffi::OsStr::from_bytes(&tree::join(&key.dir, &key.name)),
-            "refused and left alone: {}",
-            advice(reason)
-        );
+        if say == Say::New {
+            let file = tree::join(&key.dir, &key.name);
+            let file = std::ffi::OsStr::from_bytes(&file);
+            tracing::warn!(detector = %name, ?path, ?file, "refused and left alone: {}", advice(reason, look));
+        }
+    }
+
+    /// A sub-directory, or what is in it, cannot be looked at.
+    pub(super) fn not_seen(&self, dir: &Arc<[u8]>, look: io::Result<Look>, error: &io::Error, tally: &mut Tally) {
+        match Errno::from_io_error(error) {
+            // Gone since, or another took its place: the next scan sees what there is.
+            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return,
+            Some(Errno::ACCESS | Errno::PERM) => {
+                let key = Key { dir: dir.clone(), name: Arc::from(*b"") };
+                // Not its time: that changes with what is written into it.
+                let look = Look { kind: FileType::Directory, ctime: 0, ..look.unwrap_or(NOTHING) };
+                self.refuse(&mut self.inner(), &key, &look, "unreadable");
+            }
+            Some(_) | None => {
+                let (path, below) = (&self.entry.directory.path, std::ffi::OsStr::from_bytes(dir));
+                tracing::warn!(detector = %self.entry.name, ?path, ?below, %error, "a sub-directory cannot be looked into; it is tried again at the next scan");
+            }
+        }
+        tally.partial = true;
     }
 
     /// Looks at files that were not complete. When to look again, if any is left.
@@ -238,6 +257,7 @@ impl Site {
             let inner = self.inner();
             inner.young.iter().filter(|(_, y)| y.due <= now).map(|(key, _)| key.clone()).collect()
         };
+        self.put_back_later(now);
         let root = self.root.load_full();
         for key in due {
             let looked = root.as_ref().map(|root| {
@@ -246,7 +266,20 @@ impl Site {
             });
             self.look_at_young_one(&key, looked.as_ref(), now);
         }
-        self.inner().young.values().map(|y| y.due).min()
+        let inner = self.inner();
+        let later = inner.later.iter().map(|it| it.due);
+        inner.young.values().map(|y| y.due).chain(later).min()
+    }
+
+    /// Claims that gave trouble go back in line when it is time.
+    fn put_back_later(&self, now: Instant) {
+        let inner = &mut *self.inner();
+        for Later { detector, waiting, .. } in inner.later.extract_if(.., |it| it.due <= now) {
+            inner.window.put_back(&detector, waiting);
+            if let Some(line) = inner.lines.get(&detector) {
+                line.ready.ready();
+            }
+        }
     }
 
     fn look_at_young_one(self: &Arc<Self>, key: &Key, looked: Option<&io::Result<Look>>, now: Instant) {
@@ -273,7 +306,7 @@ impl Site {
         };
         let changed = (look.size, look.mtime) != (young.size, young.mtime);
         if changed {
-            (young.size, young.mtime, young.since, young.looks) = (look.size, look.mtime, now, 0);
+            (young.size, young.mtime, young.since) = (look.size, look.mtime, now);
             if !young.settled {
                 young.due = now + self.entry.directory.quiet;
                 inner.young.insert(key.clone(), young);
@@ -291,10 +324,7 @@ impl Site {
             settled,
             claim: None,
         };
-        let looks = young.looks;
         self.add(&mut inner, &detector, waiting, true, 0, young.counted, &mut Tally::default());
-        drop(inner);
-        tracing::trace!(looks, "an unfinished file is looked at again");
     }
 
     /// The same name came again while its last file was being taken.
@@ -305,7 +335,6 @@ impl Site {
             mtime: 0,
             since: now,
             due: now,
-            looks: 0,
             counted: false,
             settled: true,
             noticed: now,
@@ -330,11 +359,14 @@ impl Site {
     }
 }
 
-fn advice(reason: &str) -> &'static str {
+fn advice(reason: &str, look: &Look) -> &'static str {
     match reason {
         "symlink" => "a symbolic link; only regular files are published",
         "hard-link" => "it has other names (hard links); only files with one name are published",
         "too-large" => "larger than encode.max_frame; raise it if such images are meant to be published",
+        "unreadable" if look.kind == FileType::Directory => {
+            "this service's user may not look into it; make that user its owner, or its group its owner's (mode 2770)"
+        }
         "unreadable" => {
             "this service's user may not read it; let its writer make it group-readable (mode 0640, group of the drop directory)"
         }

@@ -27,6 +27,8 @@ const EMPTY_FOR: Duration = Duration::from_mins(1);
 pub(in crate::source::directory) struct Tally {
     pub(super) added: HashMap<Arc<str>, i64>,
     pub(super) no_room: HashMap<Arc<str>, i64>,
+    /// There is something that could not be looked at.
+    pub(super) partial: bool,
 }
 
 impl Site {
@@ -39,14 +41,18 @@ impl Site {
         let scan = {
             let mut inner = self.inner();
             inner.scan += 1;
+            inner.doubtful.clear();
             inner.scan
         };
         self.metrics.counter("rescans_total", &[]).increment(1);
         let mut tally = Tally::default();
         self.adopt(root)?;
         let visited = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally);
-        let whole = visited.is_ok() && !self.stopping.load(Ordering::Relaxed);
-        self.reckon(&tally, whole);
+        let ended = visited.is_ok() && !self.stopping.load(Ordering::Relaxed);
+        self.reckon(&tally, ended && !tally.partial);
+        if ended {
+            self.inner().refused.keep_met(scan);
+        }
         root.tidy()?;
         visited
     }
@@ -77,16 +83,7 @@ impl Site {
         watcher: Option<&Watcher>,
         tally: &mut Tally,
     ) -> io::Result<bool> {
-        let fd = match tree::open_below(root.fd.as_fd(), dir) {
-            Ok(fd) => fd,
-            Err(error) if depth == 0 => return Err(error),
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    tracing::debug!(%error, dir = ?std::ffi::OsStr::from_bytes(dir), "a sub-directory cannot be opened");
-                }
-                return Ok(true);
-            }
-        };
+        let fd = tree::open_below(root.fd.as_fd(), dir)?;
         let look = tree::look_at(&fd)?;
         if look.dev != root.dev {
             let key = Key { dir: dir.clone(), name: Arc::from(*b"") };
@@ -116,7 +113,10 @@ impl Site {
             Ok(())
         })?;
         for dir in &below {
-            watched &= self.visit(root, dir, depth + 1, via, watcher, tally)?;
+            match self.visit(root, dir, depth + 1, via, watcher, tally) {
+                Ok(all) => watched &= all,
+                Err(error) => self.not_seen(dir, look_below(root, dir), &error, tally),
+            }
         }
         if empty && depth > 0 && self.entry.directory.remove_empty_directories {
             remove_if_long_empty(root, dir, &look);
@@ -138,7 +138,7 @@ impl Site {
 
     /// After a scan: what waits beyond the window is counted as received, and, if it saw everything, what somebody took
     /// away as dropped.
-    fn reckon(&self, tally: &Tally, whole: bool) {
+    pub(super) fn reckon(&self, tally: &Tally, whole: bool) {
         let mut inner = self.inner();
         let names: HashSet<_> = inner.lines.keys().cloned().collect();
         for name in names {
@@ -146,7 +146,10 @@ impl Site {
             let before = inner.beyond.get(&name).copied().unwrap_or(0);
             let beyond = tally.no_room.get(&name).copied().unwrap_or(0);
             // Half a scan knows of those that it saw only: some of what it added was beyond the window before.
-            let beyond = if whole { beyond } else { beyond.max(before - added) };
+            let mut beyond = if whole { beyond } else { beyond.max(before - added) };
+            // What went out of the window while it looked is there until the next one says otherwise.
+            let missing = before - added - beyond;
+            beyond += missing.min(inner.doubtful.get(&name).copied().unwrap_or(0)).max(0);
             inner.beyond.insert(name.clone(), beyond);
             let line = &inner.lines[&name];
             match added + beyond - before {
@@ -182,10 +185,21 @@ fn remove_if_long_empty(root: &Root, dir: &[u8], look: &Look) {
     if age < i128::try_from(EMPTY_FOR.as_nanos()).unwrap_or(i128::MAX) {
         return;
     }
-    let at = dir.iter().rposition(|b| *b == b'/');
-    let (parent, name) = at.map_or((&b""[..], dir), |at| (&dir[..at], &dir[at + 1..]));
+    let (parent, name) = split(dir);
     if let Ok(parent) = tree::open_below(root.fd.as_fd(), parent) {
         // Not empty any more, or not ours to remove: it stays.
         rustix::fs::unlinkat(&parent, std::ffi::OsStr::from_bytes(name), AtFlags::REMOVEDIR).ok();
     }
+}
+
+/// Looks at a sub-directory without opening it.
+fn look_below(root: &Root, dir: &[u8]) -> io::Result<Look> {
+    let (parent, name) = split(dir);
+    tree::look(tree::open_below(root.fd.as_fd(), parent)?, name)
+}
+
+/// A sub-directory's parent, and its name there.
+fn split(dir: &[u8]) -> (&[u8], &[u8]) {
+    let at = dir.iter().rposition(|b| *b == b'/');
+    at.map_or((&b""[..], dir), |at| (&dir[..at], &dir[at + 1..]))
 }

@@ -1,5 +1,6 @@
 //! Settling: what became of a claimed frame is carried out, and in the end everything left is given back.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -104,6 +105,8 @@ impl Site {
                 line.pending.fetch_sub(1, Ordering::Relaxed);
             }
             Disposition::Dropped => line.dropped("max-age"),
+            // In its place, somebody else may count it from now on.
+            Disposition::Released if self.stopping.load(Ordering::SeqCst) => line.returned(1),
             Disposition::Released => {}
         }
     }
@@ -125,7 +128,7 @@ impl Site {
     }
 
     fn release(self: &Arc<Self>, held: &Held) {
-        if self.stopping.load(Ordering::Relaxed) {
+        if self.stopping.load(Ordering::SeqCst) {
             put_back(&held.claim);
             return;
         }
@@ -171,18 +174,40 @@ impl Site {
         inner.refused.clear();
     }
 
-    /// The end of this source: what it has in line by claims goes back to its place, and all that it counted is returned.
-    pub(in crate::source::directory) fn give_back(&self) {
+    /// Nothing more is taken: what waits in line is returned, and only what is in hand is still pending here. A claim
+    /// goes back to its place.
+    pub(in crate::source::directory) fn return_waiting(&self) {
         let mut inner = self.inner();
-        for (_, waiting) in inner.window.drain() {
+        let later = std::mem::take(&mut inner.later).into_iter().map(|it| (it.detector, it.waiting));
+        let mut returned: HashMap<Arc<str>, i64> = std::mem::take(&mut inner.beyond);
+        for (detector, waiting) in inner.window.drain().into_iter().chain(later) {
             if let Some(claim) = &waiting.claim {
                 put_back(claim);
             }
+            *returned.entry(detector).or_default() += 1;
         }
+        for (key, young) in std::mem::take(&mut inner.young) {
+            if young.counted
+                && let Some(detector) = self.detector_of(&inner, &key.dir)
+            {
+                *returned.entry(detector).or_default() += 1;
+            }
+        }
+        for (detector, n) in returned {
+            if let Some(line) = inner.lines.get(&detector) {
+                line.returned(n.unsigned_abs());
+            }
+        }
+    }
+
+    /// The end of this source: all that it still counts is returned.
+    pub(in crate::source::directory) fn give_back(&self) {
+        self.return_waiting();
+        let mut inner = self.inner();
         for line in inner.lines.values() {
-            let pending = line.pending.swap(0, Ordering::Relaxed);
+            let pending = line.pending.load(Ordering::Relaxed);
             if pending > 0 {
-                line.metrics.returned(pending.unsigned_abs());
+                line.returned(pending.unsigned_abs());
             }
             line.metrics.up(false);
         }

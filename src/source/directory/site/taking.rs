@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use tokio::time::Instant;
 
@@ -16,7 +17,8 @@ use super::super::tree::{self, Look};
 use super::super::window::{Key, Waiting};
 use super::noticing::{LOOK_AGAIN_MAX, Young};
 use super::settling::Held;
-use super::{NOTHING, Site, key_of};
+use super::trouble::{advice, concerns_all};
+use super::{NOTHING, Registered, Site, key_of};
 use crate::encode::image::{self, Flaw};
 use crate::frame::{Frame, SourceKind};
 use crate::queue::{Line, Offer, Taken};
@@ -24,6 +26,16 @@ use crate::settle::{Disposition, Reason, Receipt, Refusal};
 
 /// A file that could not be read or claimed is tried again after this.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Trouble with taking is over when no file has met it for this long: longer than any waits between two tries.
+const TROUBLE_LASTS: Duration = Duration::from_secs(8);
+
+/// A claim that gave trouble, and when it goes back in line.
+pub(super) struct Later {
+    pub due: Instant,
+    pub detector: Arc<str>,
+    pub waiting: Waiting,
+}
 
 /// The detector's line in the queue.
 pub(super) struct SiteLine {
@@ -64,58 +76,72 @@ impl Site {
             None => self.take_file(&root, &waiting, buffer),
         };
         match result {
-            Ok(Catch::Whole(claim, look)) => self.frame(offered, &waiting, &claim, look, buffer, None),
+            Ok(Catch::Whole(claim, look)) => return self.frame(offered, &waiting, &claim, look, buffer, None),
             Ok(Catch::Flawed(claim, look, refusal)) => {
-                self.frame(offered, &waiting, &claim, look, buffer, Some(refusal))
+                return self.frame(offered, &waiting, &claim, look, buffer, Some(refusal));
             }
             Ok(Catch::NotYet(look)) => {
                 self.metrics.counter("partial_waits_total", &[]).increment(1);
                 self.back_to_young(offered, &waiting, look, None);
-                Taken::Gone
             }
-            Ok(Catch::Vanished) => {
-                self.vanished(offered, &waiting);
-                Taken::Gone
-            }
+            Ok(Catch::Vanished) => self.gone(offered, &waiting, |line| line.dropped("vanished")),
             Ok(Catch::Refused(look, reason)) => {
-                self.refuse(&mut self.inner(), &waiting.key, &look, reason);
-                self.vanished(offered, &waiting);
-                Taken::Gone
-            }
-            Ok(Catch::Stuck(claim, error)) => {
-                self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
-                self.hold(&trouble(&error));
-                let mut inner = self.inner();
-                if inner.window.forget(&waiting.key) {
-                    self.look_again(&mut inner, &waiting.key);
+                self.refuse(&mut self.inner(), &place(&waiting), &look, reason);
+                if look.kind == FileType::RegularFile {
+                    self.gone(offered, &waiting, |line| line.returned(1));
+                } else {
+                    self.gone(offered, &waiting, |line| line.dropped("vanished"));
                 }
-                drop(inner);
-                // Back in line when `offered` is dropped.
-                offered.waiting = Some(Waiting { key: key_of(&claim), claim: Some(claim), ..waiting });
-                Taken::Gone
             }
-            Err(error) => {
-                self.metrics.counter("settle_errors_total", &[("operation", "claim")]).increment(1);
-                self.hold(&trouble(&error));
-                let look = Look { size: waiting.size, mtime: waiting.mtime, ..NOTHING };
-                // A claim goes back in line as it is: there is nothing in its old place to look at.
-                if offered.waiting.as_ref().is_some_and(|waiting| waiting.claim.is_none()) {
-                    self.back_to_young(offered, &waiting, look, Some(RETRY_AFTER));
-                }
-                Taken::Gone
+            Ok(Catch::Caught(claim, look, reason)) => {
+                self.refuse(&mut self.inner(), &place(&waiting), &look, reason);
+                self.later(offered, &waiting, claim);
             }
+            Err(failure) => self.failed(offered, &waiting, failure),
         }
+        Taken::Gone
     }
 
-    fn take_file(&self, root: &Arc<Root>, waiting: &Waiting, buffer: &mut Vec<u8>) -> io::Result<Catch> {
+    /// Something went wrong: said, counted and tried again; only what every file would meet delays the others.
+    fn failed(&self, offered: &mut Offered, waiting: &Waiting, Failure { step, error, claim }: Failure) {
+        self.metrics.counter("settle_errors_total", &[("operation", step.as_str())]).increment(1);
+        if concerns_all(&error) {
+            self.taking_trouble(advice(&error), TROUBLE_LASTS);
+            if let Some(claim) = claim
+                && waiting.claim.is_none()
+            {
+                self.forget(&waiting.key);
+                offered.waiting = Some(Waiting { key: key_of(&claim), claim: Some(claim), ..waiting.clone() });
+            }
+            // Back in line when `offered` is dropped.
+            return;
+        }
+        match step {
+            Step::Claim => self.taking_trouble(advice(&error), TROUBLE_LASTS),
+            Step::Read => {
+                let key = place(waiting);
+                let file = tree::join(&key.dir, &key.name);
+                let (path, file) = (&self.entry.directory.path, std::ffi::OsStr::from_bytes(&file));
+                tracing::warn!(detector = %offered.detector, ?path, ?file, %error, "a file cannot be read; it is tried again");
+            }
+        }
+        if let Some(claim) = claim {
+            return self.later(offered, waiting, claim);
+        }
+        let look = Look { size: waiting.size, mtime: waiting.mtime, ..NOTHING };
+        self.back_to_young(offered, waiting, look, Some(pause(waiting)));
+    }
+
+    fn take_file(&self, root: &Arc<Root>, waiting: &Waiting, buffer: &mut Vec<u8>) -> Result<Catch, Failure> {
         let key = &waiting.key;
+        let reading = |error| Failure { step: Step::Read, error, claim: None };
         let dir = match tree::open_below(root.fd.as_fd(), &key.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
-            other => other?,
+            other => other.map_err(reading)?,
         };
         let look = match tree::look(&dir, &key.name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
-            other => other?,
+            other => other.map_err(reading)?,
         };
         if let Some(reason) = self.unfit(&look) {
             return Ok(Catch::Refused(look, reason));
@@ -129,7 +155,7 @@ impl Site {
             Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::LOOP | Errno::NXIO)) => {
                 return Ok(Catch::NotYet(look));
             }
-            other => other?,
+            other => other.map_err(reading)?,
         };
         if !read {
             return Ok(Catch::NotYet(look));
@@ -138,10 +164,11 @@ impl Site {
         if flaw.as_ref().is_some_and(|flaw| !self.is_final(flaw, &look, waiting)) {
             return Ok(Catch::NotYet(look));
         }
-        let Some(claim) = root.claim(dir.as_fd(), &key.dir, &key.name)? else { return Ok(Catch::Vanished) };
-        // From here on it is not at its place any more: trouble must not lose the claim.
-        let caught = self.catch(claim.clone(), &look, flaw, waiting, buffer);
-        Ok(caught.unwrap_or_else(|error| Catch::Stuck(claim, error)))
+        let claimed = root.claim(dir.as_fd(), &key.dir, &key.name);
+        match claimed.map_err(|error| Failure { step: Step::Claim, error, claim: None })? {
+            Some(claim) => self.catch(claim, &look, flaw, waiting, buffer),
+            None => Ok(Catch::Vanished),
+        }
     }
 
     /// What was read has just been claimed: is it still the same?
@@ -152,9 +179,12 @@ impl Site {
         flaw: Option<Flaw>,
         waiting: &Waiting,
         buffer: &mut Vec<u8>,
-    ) -> io::Result<Catch> {
-        let (place, name) = claim.place(false)?;
-        let claimed = tree::look(&place, &name)?;
+    ) -> Result<Catch, Failure> {
+        let claimed = match claim.place(false).and_then(|(place, name)| tree::look(&place, &name)) {
+            Ok(claimed) => claimed,
+            // It is not at its place any more: trouble must not lose the claim.
+            Err(error) => return Err(Failure { step: Step::Claim, error, claim: Some(claim) }),
+        };
         if claimed.same_content(read) {
             return Ok(match flaw {
                 None => Catch::Whole(claim, claimed),
@@ -167,33 +197,38 @@ impl Site {
     }
 
     /// What is ours already: nobody else changes it but a writer that still holds it open.
-    fn take_claimed(&self, claim: Claim, waiting: &Waiting, buffer: &mut Vec<u8>) -> io::Result<Catch> {
+    fn take_claimed(&self, claim: Claim, waiting: &Waiting, buffer: &mut Vec<u8>) -> Result<Catch, Failure> {
+        let reading = |error| Failure { step: Step::Read, error, claim: Some(claim.clone()) };
         let (place, name) = match claim.place(false) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
-            other => other?,
+            other => other.map_err(reading)?,
         };
         let look = match tree::look(&place, &name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
-            other => other?,
+            other => other.map_err(reading)?,
         };
         if let Some(reason) = self.unfit(&look) {
-            // A race put something else into our hands: it goes back where it was.
-            claim.put_back()?;
-            return Ok(Catch::Refused(look, reason));
+            // A race put something else into our hands.
+            return give_up(claim, look, reason);
         }
-        let whole = read(place.as_fd(), &name, &look, buffer)?;
+        let whole = match read(place.as_fd(), &name, &look, buffer) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return give_up(claim, look, "unreadable"),
+            other => other.map_err(reading)?,
+        };
         match (whole, image::inspect(buffer)) {
             (true, Ok(_)) => Ok(Catch::Whole(claim, look)),
             (true, Err(flaw)) if waiting.claim.is_some() && self.is_final(&flaw, &look, waiting) => {
                 Ok(Catch::Flawed(claim, look, refusal(&flaw)))
             }
-            (_, _) => {
-                // Somebody is writing it: it goes back to him.
-                if claim.put_back()? {
-                    return Ok(Catch::NotYet(look));
+            // Somebody is writing it: it goes back to him.
+            (_, _) => match claim.put_back() {
+                Ok(true) => Ok(Catch::NotYet(look)),
+                Ok(false) => {
+                    let flaw = Flaw::Truncated("rewritten while it was taken");
+                    Ok(Catch::Flawed(claim, look, refusal(&flaw)))
                 }
-                Ok(Catch::Flawed(claim, look, refusal(&Flaw::Truncated("rewritten while it was taken"))))
-            }
+                Err(error) => Err(Failure { step: Step::Claim, error, claim: Some(claim) }),
+            },
         }
     }
 
@@ -259,16 +294,32 @@ impl Site {
         }
     }
 
-    fn vanished(&self, offered: &mut Offered, waiting: &Waiting) {
+    /// It is not in line any more, and counted so.
+    fn gone(&self, offered: &mut Offered, waiting: &Waiting, count: impl FnOnce(&Registered)) {
         offered.waiting = None;
+        if let Some(line) = self.inner().lines.get(&offered.detector) {
+            count(line);
+        }
+        self.forget(&waiting.key);
+        self.done();
+    }
+
+    /// A taken one is not in line any more; what came to its place meanwhile is looked at.
+    fn forget(&self, key: &Key) {
         let mut inner = self.inner();
-        if let Some(line) = inner.lines.get(&offered.detector) {
-            line.dropped("vanished");
+        if inner.window.forget(key) {
+            self.look_again(&mut inner, key);
         }
-        if inner.window.forget(&waiting.key) {
-            self.look_again(&mut inner, &waiting.key);
-        }
-        drop(inner);
+    }
+
+    /// A claim that gives trouble goes back in line later, behind those that give none.
+    fn later(&self, offered: &mut Offered, waiting: &Waiting, claim: Claim) {
+        offered.waiting = None;
+        self.forget(&waiting.key);
+        let due = Instant::now() + pause(waiting);
+        let waiting = Waiting { key: key_of(&claim), claim: Some(claim), ..waiting.clone() };
+        self.inner().later.push(Later { due, detector: offered.detector.clone(), waiting });
+        self.changed.notify_one();
         self.done();
     }
 
@@ -293,18 +344,13 @@ impl Site {
             mtime: look.mtime,
             since,
             due: if again { now } else { due },
-            looks: 1,
             counted: true,
             settled: waiting.settled && unchanged,
             noticed: waiting.noticed,
             received_at: waiting.received_at,
         };
-        // A claim has been put back in its place.
-        let key = match &waiting.claim {
-            Some(claim) => Key { dir: claim.dir.clone(), name: claim.name.clone() },
-            None => waiting.key.clone(),
-        };
-        if inner.young.insert(key, young).is_some_and(|before| before.counted)
+        // A claim has been put back there.
+        if inner.young.insert(place(waiting), young).is_some_and(|before| before.counted)
             && let Some(line) = inner.lines.get(&offered.detector)
         {
             // Its place was free: the one that was waited for there is gone.
@@ -320,11 +366,35 @@ impl Site {
 enum Catch {
     Whole(Claim, Look),
     Flawed(Claim, Look, Refusal),
+    /// Its writer is not done, and it is in its place.
     NotYet(Look),
     Vanished,
+    /// Never to be taken, and in its place.
     Refused(Look, &'static str),
-    /// Claimed, and then something went wrong.
-    Stuck(Claim, io::Error),
+    /// The same, but in our hands: there is something else in its place.
+    Caught(Claim, Look, &'static str),
+}
+
+/// What went wrong with one file; where there is a `claim`, it is ours by now.
+struct Failure {
+    step: Step,
+    error: io::Error,
+    claim: Option<Claim>,
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Read,
+    Claim,
+}
+
+impl Step {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Claim => "claim",
+        }
+    }
 }
 
 impl Line for SiteLine {
@@ -380,15 +450,24 @@ fn refusal(flaw: &Flaw) -> Refusal {
     Refusal { reason, status: None, message: (*message).to_owned(), attempts: 0 }
 }
 
-fn trouble(error: &io::Error) -> String {
-    let what = match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::ROFS) => "the file system is read-only; nothing is taken until it can be written",
-        Some(Errno::ACCESS | Errno::PERM) => {
-            "files cannot be taken from it; make the service's user the owner of the directory"
-        }
-        Some(Errno::NOSPC | Errno::DQUOT) => "its file system is full",
-        Some(Errno::MFILE | Errno::NFILE) => "no file descriptors are left; raise LimitNOFILE",
-        Some(_) | None => "files cannot be taken from it",
-    };
-    format!("{what} ({error})")
+/// What is never taken goes back where it was.
+fn give_up(claim: Claim, look: Look, reason: &'static str) -> Result<Catch, Failure> {
+    match claim.put_back() {
+        Ok(true) => Ok(Catch::Refused(look, reason)),
+        Ok(false) => Ok(Catch::Caught(claim, look, reason)),
+        Err(error) => Err(Failure { step: Step::Claim, error, claim: Some(claim) }),
+    }
+}
+
+/// Where it lies, or lay before it was claimed.
+fn place(waiting: &Waiting) -> Key {
+    match &waiting.claim {
+        Some(claim) => Key { dir: claim.dir.clone(), name: claim.name.clone() },
+        None => waiting.key.clone(),
+    }
+}
+
+/// How long one that gave trouble waits: the longer it has, the more rarely it is tried.
+fn pause(waiting: &Waiting) -> Duration {
+    waiting.noticed.elapsed().clamp(RETRY_AFTER, LOOK_AGAIN_MAX)
 }
