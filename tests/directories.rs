@@ -313,6 +313,23 @@ fn a8_a_directory_that_is_removed_and_made_again_is_served_again() {
     assert!(site.log().contains("detector held") && site.log().contains("delivers again"));
 }
 
+#[test]
+fn a8_when_somebody_removes_the_claims_directory_it_is_made_again() {
+    let engine = Engine::start();
+    let site = site(&engine, BY_EVENT);
+    let dir = site.drop_dir("Cam");
+    let mut daemon = site.run();
+    put(&dir, "first.jpg", &image(1));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    fs::remove_dir_all(dir.join(".framegate")).unwrap();
+    put(&dir, "second.jpg", &image(2));
+    engine.until_accepted(2);
+    daemon.idle(PATIENCE);
+    until(&daemon, "its detector is up", |it| it.count(UP, "") == 1);
+    assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
+}
+
 // ---- A9–A11: what must never be opened
 
 #[test]

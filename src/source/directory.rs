@@ -67,7 +67,7 @@ pub async fn run(
         drain(&site).await;
         finished.cancel();
     };
-    tokio::join!(serving, settle(&site, settled, &unsettled, &finished));
+    tokio::join!(serving, settle(&site, settled, &unsettled, &finished), tidy_archive(&site, &stop));
     let last = site.clone();
     // A panic in there would be a bug; the claims are adopted at the next start all the same.
     drop(
@@ -115,7 +115,6 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
     let mut scan: Option<JoinHandle<io::Result<bool>>> = None;
     let mut scan_due = Instant::now();
     let mut young_due: Option<Instant> = None;
-    let mut tidied: Option<Instant> = None;
     loop {
         if scan.is_none() && scan_due <= Instant::now() {
             scan = Some(begin_scan(site, root, watcher.clone()));
@@ -176,10 +175,8 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                 young_due = blocking(move || Ok(at.look_at_young())).await.ok().flatten();
             }
             _ = look.tick() => {
-                let (path, known) = (config.path.clone(), (root.dev, root.ino));
-                // Looked at, not opened: without file descriptors left it would seem gone.
-                let same = blocking(move || tree::look_along(&path)).await;
-                if same.map(|look| (look.dev, look.ino)).ok() != Some(known) {
+                let (path, known) = (config.path.clone(), root.clone());
+                if !blocking(move || Ok(known.is_still(&path))).await.unwrap_or(true) {
                     break;
                 }
                 site.forget_old_trouble();
@@ -188,10 +185,6 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                 }
                 if site.put_back.swap(false, Ordering::Relaxed) || site.health.held().is_some() {
                     site.nudge();
-                }
-                if tidied.is_none_or(|at| at.elapsed() >= ARCHIVE_EVERY) {
-                    tidied = Some(Instant::now());
-                    tidy_archive(site).await;
                 }
             }
         }
@@ -384,16 +377,25 @@ fn handle(site: &Arc<Site>, root: &Arc<Root>, watcher: Option<&Watcher>, batch: 
     watched
 }
 
-async fn tidy_archive(site: &Arc<Site>) {
+/// Removes what lies in the archive for too long, now and then. Beside all else: a large archive takes minutes.
+async fn tidy_archive(site: &Arc<Site>, stop: &CancellationToken) {
     let config = &site.entry.directory;
-    let (Some(archive), false) = (config.archive.clone(), config.archive_max_age.is_zero()) else { return };
-    let max_age = config.archive_max_age;
-    match blocking(move || archive::tidy(&archive, max_age)).await {
-        Ok(0) => {}
-        Ok(n) => {
-            tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age");
+    let (Some(archive), false) = (&config.archive, config.archive_max_age.is_zero()) else { return };
+    let mut every = tokio::time::interval(ARCHIVE_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = every.tick() => {}
         }
-        Err(error) => tracing::warn!(detector = %site.entry.name, %error, "the archive cannot be tidied"),
+        let (archive, max_age, stop) = (archive.clone(), config.archive_max_age, stop.clone());
+        match blocking(move || archive::tidy(&archive, max_age, &stop)).await {
+            Ok(0) => {}
+            Ok(n) => {
+                tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age");
+            }
+            Err(error) => tracing::warn!(detector = %site.entry.name, %error, "the archive cannot be tidied"),
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
 
 use super::claim::Claim;
 use super::tree;
@@ -74,31 +75,44 @@ fn copy(claim: &Claim, from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, se
     claim.remove()
 }
 
-/// Removes archived files that lie there for longer than `max_age`, and directories that are empty then. How many files.
-pub(super) fn tidy(archive: &Path, max_age: Duration) -> io::Result<u64> {
+/// Removes archived files that lie there for longer than `max_age`, and directories that are empty then, until `stop`. How
+/// many files.
+pub(super) fn tidy(archive: &Path, max_age: Duration, stop: &CancellationToken) -> io::Result<u64> {
     let root = tree::open(archive)?;
     let oldest = Timestamp::now().as_nanosecond() - i128::try_from(max_age.as_nanos()).unwrap_or(i128::MAX);
     let mut removed = 0;
-    sweep(root.as_fd(), oldest, 0, &mut removed)?;
+    sweep(root.as_fd(), oldest, 0, &mut removed, stop)?;
     Ok(removed)
 }
 
-fn sweep(dir: BorrowedFd<'_>, oldest: i128, depth: usize, removed: &mut u64) -> io::Result<()> {
+/// What an operator or another Framegate removes at the same time is gone, which is what is wanted.
+fn sweep(
+    dir: BorrowedFd<'_>,
+    oldest: i128,
+    depth: usize,
+    removed: &mut u64,
+    stop: &CancellationToken,
+) -> io::Result<()> {
     let mut below = Vec::new();
     tree::each(dir, |name, _| {
-        let look = tree::look(dir, name)?;
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        let Some(look) = unless_gone(tree::look(dir, name))? else { return Ok(()) };
         if look.kind == FileType::Directory {
             below.push((name.to_vec(), look));
         // The change of its inode is when it came here, whatever its content's time.
         } else if look.kind == FileType::RegularFile && i128::from(look.ctime) < oldest {
-            rustix::fs::unlinkat(dir, OsStr::from_bytes(name), AtFlags::empty())?;
-            *removed += 1;
+            let unlinked = rustix::fs::unlinkat(dir, OsStr::from_bytes(name), AtFlags::empty());
+            *removed += u64::from(unless_gone(unlinked.map_err(io::Error::from))?.is_some());
         }
         Ok(())
     })?;
     for (name, look) in below {
-        if depth < tree::DEPTH_MAX {
-            sweep(tree::open_below(dir, &name)?.as_fd(), oldest, depth + 1, removed)?;
+        if depth < tree::DEPTH_MAX
+            && let Some(inside) = unless_gone(tree::open_below(dir, &name))?
+        {
+            sweep(inside.as_fd(), oldest, depth + 1, removed, stop)?;
         }
         if i128::from(look.ctime) < oldest {
             // Not empty: it stays.
@@ -106,6 +120,13 @@ fn sweep(dir: BorrowedFd<'_>, oldest: i128, depth: usize, removed: &mut u64) -> 
         }
     }
     Ok(())
+}
+
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 fn rename(from: BorrowedFd<'_>, name: &[u8], to: BorrowedFd<'_>, as_name: &[u8]) -> Result<(), Errno> {
@@ -146,7 +167,11 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         std::fs::create_dir(home.path().join("Lobby")).unwrap();
         std::fs::write(home.path().join("Lobby/a.jpg"), b"a").unwrap();
-        assert_eq!(tidy(home.path(), Duration::from_hours(1)).unwrap(), 0);
-        assert_eq!(tidy(home.path(), Duration::ZERO).unwrap(), 1);
+        let tidy = |max_age, stop: &CancellationToken| super::tidy(home.path(), max_age, stop).unwrap();
+        let (go_on, stopped) = (CancellationToken::new(), CancellationToken::new());
+        stopped.cancel();
+        assert_eq!(tidy(Duration::from_hours(1), &go_on), 0);
+        assert_eq!(tidy(Duration::ZERO, &stopped), 0, "a stop does not wait for it");
+        assert_eq!(tidy(Duration::ZERO, &go_on), 1);
     }
 }

@@ -79,6 +79,13 @@ impl Root {
         Ok(Self { fd, dev: look.dev, ino: look.ino, hidden, own: Arc::new(own), adopted: Mutex::default() })
     }
 
+    /// Whether `path` still leads to this directory, and our place in it was not removed. Only looks: without file
+    /// descriptors left it would seem gone.
+    pub(super) fn is_still(&self, path: &Path) -> bool {
+        tree::look_along(path).is_ok_and(|look| (look.dev, look.ino) == (self.dev, self.ino))
+            && tree::look_at(&self.own.fd).is_ok_and(|look| look.links > 0)
+    }
+
     /// Takes the file `name` in `dir` (which is open as `from`). `None`: it is not there any more.
     pub(super) fn claim(
         self: &Arc<Self>,
