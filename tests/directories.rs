@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileTimes, OpenOptions, Permissions};
 use std::io::{Seek as _, Write as _};
 use std::os::unix::ffi::OsStringExt as _;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -47,6 +47,15 @@ const UP: &str = "framegate_detector_up";
 /// One detector `Cam` with these keys.
 fn site(engine: &Engine, keys: &str) -> Site {
     Site::new(&engine.base_url()).detector("Cam", "UTC", keys)
+}
+
+/// One detector `Cam` that archives what is published, and its archive.
+fn archiving(engine: &Engine, keys: &str) -> (Site, PathBuf) {
+    let site = Site::new(&engine.base_url());
+    let archive = site.path().join("archive");
+    let path = archive.to_str().expect("a plain path");
+    let keys = format!("{QUICK}\n{keys}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {path:?}");
+    (site.detector("Cam", "UTC", &keys), archive)
 }
 
 fn until(daemon: &Daemon<'_>, what: &str, condition: impl Fn(&Samples) -> bool) -> Samples {
@@ -740,11 +749,7 @@ fn a16_two_daemons_on_one_directory_publish_each_frame_once() {
 #[test]
 fn a17_an_archive_on_another_file_system_keeps_bytes_and_relative_paths() {
     let engine = Engine::start();
-    let site = Site::new(&engine.base_url());
-    let archive = site.path().join("archive");
-    let keys =
-        format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
-    let site = site.detector("Cam", "UTC", &keys);
+    let (site, archive) = archiving(&engine, "");
     let dir = site.drop_dir("Cam");
     let Some(_disk) = Mount::tmpfs(&archive, "size=16m") else { return skipped("a17", "no tmpfs can be mounted") };
     let dead = Mount::tmpfs(&site.dead_letters(), "size=16m");
@@ -763,26 +768,26 @@ fn a17_an_archive_on_another_file_system_keeps_bytes_and_relative_paths() {
         put(&dir, "2026-11-23/001/a.jpg", &image(n));
         daemon.idle(PATIENCE);
     }
-    let mut kept: Vec<Hash> = files_below(&archive).iter().map(|path| hash(&fs::read(path).unwrap())).collect();
+    each_is_kept(&engine, &archive);
+}
+
+/// Nothing in the archive was replaced, and each kept its ending.
+fn each_is_kept(engine: &Engine, archive: &Path) {
+    let files = files_below(archive);
+    let mut kept: Vec<Hash> = files.iter().map(|path| hash(&fs::read(path).unwrap())).collect();
     let mut published: Vec<Hash> = engine.accepted().iter().map(|frame| frame.sha256).collect();
     kept.sort_unstable();
     published.sort_unstable();
-    assert_eq!(kept, published, "nothing in the archive was replaced: {:?}", files_below(&archive));
-    assert!(files_below(&archive).iter().all(|path| path.extension() == Some(OsStr::new("jpg"))));
+    assert_eq!(kept, published, "{files:?}");
+    assert!(files.iter().all(|path| path.extension() == Some(OsStr::new("jpg"))));
 }
 
 #[test]
 fn a17_an_archive_on_the_same_file_system_does_the_same_and_old_files_go() {
     let engine = Engine::start();
-    let site = Site::new(&engine.base_url());
-    let archive = site.path().join("archive");
+    let (site, archive) = archiving(&engine, "directory.archive_max_age = \"1ms\"");
     fs::create_dir_all(archive.join("old")).unwrap();
     fs::write(archive.join("old/old.jpg"), image(9)).unwrap();
-    let keys = format!(
-        "{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}\ndirectory.archive_max_age = \"1ms\"",
-        archive.to_str().unwrap()
-    );
-    let site = site.detector("Cam", "UTC", &keys);
     let dir = site.drop_dir("Cam");
     let mut daemon = site.run();
     eventually("what is too old goes", PATIENCE, || files_below(&archive).is_empty().then_some(()));
@@ -790,8 +795,7 @@ fn a17_an_archive_on_the_same_file_system_does_the_same_and_old_files_go() {
         put(&dir, "2026-11-23/001/a.jpg", &image(n));
         daemon.idle(PATIENCE);
     }
-    let kept: HashSet<Hash> = files_below(&archive).iter().map(|path| hash(&fs::read(path).unwrap())).collect();
-    assert_eq!(kept, HashSet::from([0, 1, 2].map(|n| hash(&image(n)))));
+    each_is_kept(&engine, &archive);
     assert_eq!(fs::read(archive.join("2026-11-23/001/a.jpg")).unwrap(), image(0));
 }
 
@@ -840,11 +844,7 @@ fn a19_when_there_are_no_inodes_for_dead_letters_the_source_keeps_its_files_unti
 /// A detector `Cam` that archives to a file system in memory, which has room for two of [`six_faces`].
 fn archive_without_room(test: &str) -> Option<(std::sync::Arc<Engine>, Site, Mount)> {
     let engine = Engine::start();
-    let site = Site::new(&engine.base_url());
-    let archive = site.path().join("archive");
-    let keys =
-        format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
-    let site = site.detector("Cam", "UTC", &keys);
+    let (site, archive) = archiving(&engine, "");
     let Some(disk) = Mount::tmpfs(&archive, "size=64k") else {
         skipped(test, "no tmpfs can be mounted");
         return None;
@@ -985,8 +985,10 @@ fn a20_on_a_file_system_that_became_read_only_nothing_is_published_in_a_loop_and
     until(&daemon, "it delivers again", |it| it.count(UP, "") == 1);
 }
 
-/// The daemon as `nobody`, who owns the site.
-fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
+const NOBODY: u32 = 65534;
+
+/// `framegate run` as `nobody`, who owns the site by then.
+fn as_nobody(site: &Site) -> Option<Command> {
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
     if !works("setpriv", &[nobody.as_slice(), &[env!("CARGO_BIN_EXE_framegate"), "--version"]].concat()) {
         return None;
@@ -998,7 +1000,11 @@ fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
     let run = site.command(&["run"]);
     let mut command = Command::new("setpriv");
     command.args(nobody).arg(run.get_program()).args(run.get_args());
-    Some(site.start_as(command).until_ready())
+    Some(command)
+}
+
+fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
+    Some(site.start_as(as_nobody(site)?).until_ready())
 }
 
 #[test]
@@ -1048,7 +1054,7 @@ fn a21_a_sub_directory_that_may_not_be_looked_into_is_refused_once_and_served_on
         site.log()
     );
     for name in ["list", "look"] {
-        std::os::unix::fs::chown(dir.join(name), Some(65534), Some(65534)).unwrap();
+        chown(dir.join(name), Some(NOBODY), Some(NOBODY)).unwrap();
     }
     engine.until_accepted(3);
     daemon.idle(PATIENCE);
@@ -1063,7 +1069,7 @@ fn a21_a_directory_that_files_may_not_be_taken_from_holds_its_detector_and_publi
     engine.hold();
     put(&dir, "in flight.jpg", &image(1));
     eventually("it is in flight", PATIENCE, || (engine.counts().in_flight == 1).then_some(()));
-    std::os::unix::fs::chown(&dir, Some(0), Some(0)).unwrap();
+    chown(&dir, Some(0), Some(0)).unwrap();
     put(&dir, "x.jpg", &image(2));
     engine.release();
     engine.until_accepted(1);
@@ -1074,20 +1080,18 @@ fn a21_a_directory_that_files_may_not_be_taken_from_holds_its_detector_and_publi
     let samples = scans(&daemon);
     assert_eq!(samples.count(UP, ""), 0, "a scan that goes well does not mend it");
     assert_eq!(site.log().matches("detector held").count(), 1, "it is not said again and again: {}", site.log());
-    std::os::unix::fs::chown(&dir, Some(65534), Some(65534)).unwrap();
+    chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
     // The same at the start: it waits, says so, and begins by itself.
     assert!(daemon.stop().success());
-    std::os::unix::fs::chown(&dir, Some(0), Some(0)).unwrap();
+    let again = as_nobody(&site).expect("as before");
+    chown(&dir, Some(0), Some(0)).unwrap();
     put(&dir, "y.jpg", &image(3));
-    let run = site.command(&["run"]);
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(run.get_program()).args(run.get_args());
-    let daemon = site.start_as(command);
     let before = site.log().matches("detector held").count();
-    eventually("it says so", PATIENCE, || (site.log().matches("detector held").count() > before.min(1)).then_some(()));
-    std::os::unix::fs::chown(&dir, Some(65534), Some(65534)).unwrap();
+    let daemon = site.start_as(again);
+    eventually("it says so", PATIENCE, || (site.log().matches("detector held").count() > before).then_some(()));
+    chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
     engine.until_accepted(3);
     daemon.until_ready().idle(PATIENCE);
 }
