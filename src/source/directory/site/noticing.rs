@@ -21,7 +21,7 @@ use super::taking::{Later, RETRY_AFTER};
 use super::{Inner, NOTHING, Site};
 
 /// Unfinished files that are watched over at once; others wait for the next scan.
-const YOUNG_MAX: usize = 65_536;
+pub(super) const YOUNG_MAX: usize = 65_536;
 /// The longest wait between two looks at an unfinished file.
 pub(super) const LOOK_AGAIN_MAX: Duration = Duration::from_secs(5);
 /// Endings of files that somebody is still writing.

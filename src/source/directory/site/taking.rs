@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::super::claim::{Claim, Root};
 use super::super::tree::{self, Look};
 use super::super::window::{Key, Waiting};
-use super::noticing::{LOOK_AGAIN_MAX, Young};
+use super::noticing::{LOOK_AGAIN_MAX, YOUNG_MAX, Young};
 use super::settling::Held;
 use super::trouble::{advice, concerns_all};
 use super::{NOTHING, Registered, Site, key_of};
@@ -350,7 +350,12 @@ impl Site {
             received_at: waiting.received_at,
         };
         // A claim has been put back there.
-        if inner.young.insert(place(waiting), young).is_some_and(|before| before.counted)
+        let key = place(waiting);
+        if inner.young.len() >= YOUNG_MAX && !inner.young.contains_key(&key) {
+            // As if it had gone out of the window: the next scan finds it.
+            *inner.beyond.entry(offered.detector.clone()).or_default() += 1;
+            *inner.doubtful.entry(offered.detector.clone()).or_default() += 1;
+        } else if inner.young.insert(key, young).is_some_and(|before| before.counted)
             && let Some(line) = inner.lines.get(&offered.detector)
         {
             // Its place was free: the one that was waited for there is gone.

@@ -142,3 +142,28 @@ fn a_link_that_a_race_put_into_a_claim_goes_back_when_its_place_is_free() {
     assert!(link.symlink_metadata().unwrap().is_symlink(), "it is back");
     assert_eq!((bench.counts().dropped, bench.counts().pending), (1, 0), "what was received there is gone");
 }
+
+#[test]
+fn more_unfinished_files_than_can_be_watched_over_wait_for_the_next_scan_and_are_counted_once() {
+    let bench = Bench::new();
+    for n in 0..3 {
+        bench.file(&format!("{n}.jpg"), 10);
+    }
+    bench.scan();
+    assert_eq!(bench.counts().received, 3);
+    // All but two of the places are taken.
+    let crowd = |n: usize| Key { dir: (*b"elsewhere").into(), name: n.to_string().as_bytes().into() };
+    for n in 0..noticing::YOUNG_MAX - 2 {
+        let mut inner = bench.site.inner();
+        bench.site.look_again(&mut inner, &crowd(n));
+    }
+    for _ in 0..3 {
+        let offer = bench.line().next().expect("it stands in line");
+        assert!(matches!((offer.take)(&mut Vec::new()), Taken::Gone), "it is empty: its writer may not be done");
+    }
+    assert_eq!(bench.site.inner().young.len(), noticing::YOUNG_MAX);
+    assert_eq!((bench.counts().pending, bench.counts().dropped), (3, 0));
+    bench.scan();
+    assert_eq!(bench.site.inner().window.len(), 1, "it is found again");
+    assert_eq!((bench.counts().received, bench.counts().pending, bench.counts().dropped), (3, 3, 0));
+}
