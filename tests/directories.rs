@@ -296,6 +296,26 @@ fn a7_a_file_system_mounted_over_the_directory_and_unmounted_again_loses_nothing
 }
 
 #[test]
+fn a7_a_file_system_can_be_unmounted_once_a_reload_took_its_detector_out() {
+    let engine = Engine::start();
+    let site = site(&engine, QUICK).detector("Other", "UTC", QUICK);
+    let dir = site.drop_dir("Cam");
+    let Some(_disk) = Mount::tmpfs(&dir, "size=16m") else { return skipped("a7", "no tmpfs can be mounted") };
+    let mut daemon = site.run();
+    put(&dir, "a.jpg", &image(1));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    let umount = || works("umount", &[dir.to_str().unwrap()]);
+    assert!(!umount(), "its detector keeps it busy");
+    let config = fs::read_to_string(site.config()).unwrap();
+    let (head, rest) = config.split_once("[[detectors]]").unwrap();
+    let (_, other) = rest.split_once("[[detectors]]").unwrap();
+    fs::write(site.config(), format!("{head}[[detectors]]{other}")).unwrap();
+    assert!(site.command(&["reload"]).output().unwrap().status.success());
+    eventually("it can be unmounted", PATIENCE, || umount().then_some(()));
+}
+
+#[test]
 fn a8_a_directory_that_is_removed_and_made_again_is_served_again() {
     let engine = Engine::start();
     let site = site(&engine, BY_EVENT);
@@ -928,6 +948,27 @@ fn a18_a_reload_takes_over_what_could_not_be_archived_and_publishes_none_of_it_a
     assert_eq!(nothing_lost(&[&engine], &all), 0);
     let kept = ["archive", "other"].map(|name| files_below(&site.path().join(name)).len());
     assert_eq!(kept.iter().sum::<usize>(), 7, "{kept:?}");
+}
+
+#[test]
+fn a18_what_could_not_be_archived_is_published_at_most_once_more_after_a_restart() {
+    let Some((engine, site, disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    let stuck = site.files_left().len() as u64;
+    daemon.kill();
+    let mut daemon = site.run();
+    until(&daemon, "it is held again", |it| it.count(ERRORS, "operation=\"remove\"") > 0 && it.count(UP, "") == 0);
+    scans(&daemon);
+    let published = engine.counts().publish;
+    assert!(published <= 6 + stuck, "{published} published, {stuck} were stuck");
+    scans(&daemon);
+    assert_eq!(engine.counts().publish, published, "and none of them again while it runs");
+    disk.remount("size=16m");
+    daemon.idle(PATIENCE);
+    assert!(engine.counts().publish <= 6 + stuck);
+    assert_eq!(arrivals(&[&engine]).len(), 6);
 }
 
 #[test]

@@ -76,14 +76,16 @@ impl Site {
         };
         let mut inner = self.inner();
         if let Some(reason) = self.unfit(&look) {
-            return self.refuse(&mut inner, key, &look, reason);
+            self.refuse(&mut inner, key, &look, reason);
+            return;
         }
         let scan = inner.scan;
         if inner.refused.knows(key, &look, scan) {
             return;
         }
         let Some(detector) = self.detector_of(&inner, &key.dir) else {
-            return self.refuse(&mut inner, key, &look, "no-name");
+            self.refuse(&mut inner, key, &look, "no-name");
+            return;
         };
         let (now, wall) = (Instant::now(), Timestamp::now());
         let quiet = self.entry.directory.quiet;
@@ -212,8 +214,8 @@ impl Site {
         line.ready.ready();
     }
 
-    /// An entry that is never taken: counted and said once.
-    pub(super) fn refuse(&self, inner: &mut Inner, key: &Key, look: &Look, reason: &'static str) {
+    /// An entry that is never taken: counted and said once. Whether it is news.
+    pub(super) fn refuse(&self, inner: &mut Inner, key: &Key, look: &Look, reason: &'static str) -> bool {
         let (scan, path) = (inner.scan, &self.entry.directory.path);
         let name = self.template.fill(&key.dir).unwrap_or_else(|| self.entry.name.clone());
         let say = inner.refused.add(key, look, scan);
@@ -229,25 +231,27 @@ impl Site {
             let file = std::ffi::OsStr::from_bytes(&file);
             tracing::warn!(detector = %name, ?path, ?file, "refused and left alone: {}", advice(reason, look));
         }
+        say != Say::Nothing
     }
 
     /// A sub-directory, or what is in it, cannot be looked at.
     pub(super) fn not_seen(&self, dir: &Arc<[u8]>, look: io::Result<Look>, error: &io::Error, tally: &mut Tally) {
         match Errno::from_io_error(error) {
             // Gone since, or another took its place: the next scan sees what there is.
-            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return,
+            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => {}
             Some(Errno::ACCESS | Errno::PERM) => {
                 let key = Key { dir: dir.clone(), name: Arc::from(*b"") };
                 // Not its time: that changes with what is written into it.
                 let look = Look { kind: FileType::Directory, ctime: 0, ..look.unwrap_or(NOTHING) };
-                self.refuse(&mut self.inner(), &key, &look, "unreadable");
+                // What lay below is not known to be gone; by the next scan it is not there for us.
+                tally.partial |= self.refuse(&mut self.inner(), &key, &look, "unreadable");
             }
             Some(_) | None => {
                 let (path, below) = (&self.entry.directory.path, std::ffi::OsStr::from_bytes(dir));
                 tracing::warn!(detector = %self.entry.name, ?path, ?below, %error, "a sub-directory cannot be looked into; it is tried again at the next scan");
+                tally.partial = true;
             }
         }
-        tally.partial = true;
     }
 
     /// Looks at files that were not complete. When to look again, if any is left.
