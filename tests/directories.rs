@@ -206,7 +206,6 @@ fn a4_when_the_kernel_drops_events_a_scan_finds_everything() {
         return skipped("a4", "fs.inotify.max_queued_events cannot be set");
     };
     let mut daemon = site.run();
-    drop((short, settings));
     let put_one = |n: u64| {
         put(&site.drop_dir("Cam"), &format!("{n}.jpg"), &image(n));
         hash(&image(n))
@@ -214,6 +213,7 @@ fn a4_when_the_kernel_drops_events_a_scan_finds_everything() {
     // Ready is not yet watching: a first frame shows that it is.
     let first = put_one(FILES);
     engine.until_accepted(1);
+    drop((short, settings));
     // While it stands still, nothing is read from the queue.
     daemon.signal(Signal::STOP);
     let written: Vec<Hash> = (0..FILES).map(put_one).chain([first]).collect();
@@ -958,7 +958,10 @@ fn a18_what_could_not_be_archived_is_published_at_most_once_more_after_a_restart
     publish_into_full_archive(&engine, &site, &daemon, &faces);
     let stuck = site.files_left().len() as u64;
     daemon.kill();
+    // Ready before it is held again.
+    engine.hold();
     let mut daemon = site.run();
+    engine.release();
     until(&daemon, "it is held again", |it| it.count(ERRORS, "operation=\"remove\"") > 0 && it.count(UP, "") == 0);
     scans(&daemon);
     let published = engine.counts().publish;
