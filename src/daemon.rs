@@ -69,6 +69,8 @@ pub struct Daemon {
     entries: Arc<ArcSwap<Vec<Entry>>>,
     sources: Vec<Source>,
     source_tasks: JoinSet<()>,
+    /// Outlives each source, so that a reload publishes nothing again.
+    unsettled: directory::Unsettled,
     pipeline: JoinSet<()>,
     services: JoinSet<()>,
     stop_pipeline: CancellationToken,
@@ -198,6 +200,7 @@ impl Daemon {
             intake,
             sources: Vec::new(),
             source_tasks: JoinSet::new(),
+            unsettled: directory::Unsettled::default(),
             pipeline,
             services,
             stop_pipeline,
@@ -323,6 +326,7 @@ impl Daemon {
             self.shared.metrics.clone(),
             self.settings.encode.max_frame.as_u64(),
             health.clone(),
+            self.unsettled.clone(),
             stop.clone(),
         ));
         self.sources.push(Source { entry, health, stop });

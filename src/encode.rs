@@ -38,7 +38,7 @@ pub struct Config {
     /// Images and bodies in memory at once.
     #[schemars(with = "String")]
     pub memory: ByteSize,
-    /// Larger images become dead letters.
+    /// Larger files are refused: left where they are, counted and said once.
     #[schemars(with = "String")]
     pub max_frame: ByteSize,
 }

@@ -50,7 +50,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     (
         "frames_returned_total",
         C,
-        "Frames given back to their source when the daemon stopped or the source was removed.",
+        "Frames given back to their source when the daemon stopped, the source was removed, or they could not be read.",
     ),
     ("frames_pending", G, "Frames accepted and not yet published, dead-lettered, dropped or returned."),
     ("frames_refused_total", C, "Entries that were never accepted (a symlink, a FIFO and the like), by reason."),
