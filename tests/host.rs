@@ -1,4 +1,4 @@
-//! The real binary on a host that gives way: file systems, disks, memory, and time that fail. Rows of FAULTS.md
+//! The real binary on a host that gives way: file systems, disks, memory, time and outputs that fail. Rows of FAULTS.md
 //! A, D and E1, E4 that take a mount, a control group or a system call that fails on order.
 //!
 //! What needs mounts has them in a namespace of the daemon's own: they are gone with it, whatever becomes of the test.
@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
+use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::Signal;
 
 use support::engine::{Engine, Hash, arrivals, hash, image, nothing_lost, put_face};
@@ -766,6 +767,24 @@ fn d6_a_box_that_slept_longer_than_its_token_lives_logs_in_once_and_publishes_ev
     assert!(after.authenticate + after.renew <= 4, "{after:?}");
     assert!(after.publish <= written.len() as u64 + 2 * MAX_IN_FLIGHT, "no storm of attempts: {after:?}");
     assert_eq!(daemon.metrics().count(DEAD, ""), 0);
+}
+
+// ---- D9: a log that nobody reads
+
+#[test]
+fn d9_a_log_that_nobody_reads_stops_nothing() {
+    let engine = Engine::start();
+    let site = site(&engine, QUICK).section("[log]\nlevel = \"trace\"");
+    let pipe = site.path().join("pipe");
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let _never_read = File::options().read(true).write(true).open(&pipe).unwrap();
+    let shell = site.shell(&format!("exec \"$@\" >{pipe} 2>{pipe}", pipe = shown(&pipe)));
+    let mut daemon = site.start_as(shell).until_ready();
+    // Each frame says more than a kilobyte; a pipe has room for 64.
+    let written: Vec<Hash> = (0..400).map(|n| put_face(&site.drop_dir("Cam"), n)).collect();
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &written), 0, "came twice");
+    assert_eq!(daemon.stop().code(), Some(0));
 }
 
 // ---- E1: bombs and chimeras
