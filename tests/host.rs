@@ -555,11 +555,11 @@ fn a23_a_failed_fsync_of_the_archives_directory_has_the_copy_made_anew_and_nothi
 
 #[test]
 fn a24_a_backlog_beyond_the_window_begins_at_once_and_never_takes_much_memory() {
-    /// `FRAMEGATE_TEST_FILES=1000000` has the million of the fault matrix: about 5 GiB of memory for its files.
+    /// `TEST_BACKLOG_FILES=1000000` has the million of the fault matrix: about 5 GiB of memory for its files.
     const FILES: u64 = 200_000;
     /// The whole of it: the design's bound for a million files.
     const PEAK_MAX: u64 = 150 << 20;
-    let files = std::env::var("FRAMEGATE_TEST_FILES").map_or(FILES, |it| it.parse().expect("a number of files"));
+    let files = std::env::var("TEST_BACKLOG_FILES").map_or(FILES, |it| it.parse().expect("a number of files"));
     let engine = Engine::with(|options| options.keep = false);
     let site = site(&engine, "");
     let dir = site.drop_dir("Cam");
@@ -578,7 +578,7 @@ fn a24_a_backlog_beyond_the_window_begins_at_once_and_never_takes_much_memory() 
     let mut daemon = daemon.until_ready();
     let total = i64::try_from(files).unwrap();
     eventually("all are seen", PATIENCE * 4, || (daemon.metrics().count(RECEIVED, "") == total).then_some(()));
-    let drained = if std::env::var_os("FRAMEGATE_TEST_FILES").is_some() { files } else { files / 10 };
+    let drained = if std::env::var_os("TEST_BACKLOG_FILES").is_some() { files } else { files / 10 };
     eventually("it is drained", Duration::from_mins(30), || (engine.counts().accepted >= drained).then_some(()));
     let peak = peak(daemon.pid());
     let rate = drained as f64 / begun.elapsed().as_secs_f64();
