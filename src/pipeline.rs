@@ -145,3 +145,106 @@ fn note_panic(joined: Result<(), tokio::task::JoinError>) {
         tracing::error!(%error, "a frame's task failed; the frame is back at its source");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, VecDeque};
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::Mutex;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::encode::body::Body;
+    use crate::encode::tests::frame_of;
+    use crate::notify::{Notify, Watchdog};
+    use crate::publish::{self, engine};
+    use crate::queue::{self, Line, Offer, Taken};
+    use crate::settle::dead_letter::{self, Filter, Listed};
+    use crate::simulator::{Options, Simulator};
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const BUDGET: u64 = 64 << 20;
+    const POISON: &[u8] = b"\xff\xd8\xff makes the encoder panic";
+    const BROKEN: &[u8] = b"\xff\xd8\xff makes its source panic";
+
+    /// Images that wait, and where their dispositions are told.
+    struct Images {
+        waiting: Mutex<VecDeque<&'static [u8]>>,
+        told: mpsc::UnboundedSender<(&'static [u8], Disposition)>,
+    }
+
+    impl Line for Images {
+        fn next(&self) -> Option<Offer> {
+            let image = self.waiting.lock().unwrap().pop_front()?;
+            let told = self.told.clone();
+            let take = move |buffer: &mut Vec<u8>| {
+                let receipt = Receipt::new(move |disposition| told.send((image, disposition)).unwrap());
+                buffer.extend_from_slice(image);
+                assert!(image != BROKEN, "on purpose");
+                Taken::Frame(frame_of("Cam"), receipt)
+            };
+            Some(Offer { image_bytes: image.len() as u64, take: Box::new(take) })
+        }
+    }
+
+    #[tokio::test]
+    async fn d7_a_panic_costs_one_frame_which_is_a_dead_letter_and_the_worker_goes_on() {
+        let simulator = Simulator::start(Options::default()).await.unwrap();
+        let home = tempfile::tempdir().unwrap();
+        let password = home.path().join("password");
+        std::fs::write(&password, simulator.password()).unwrap();
+        std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let account = engine::Config {
+            base_url: simulator.base_url(),
+            username: Some(simulator.username().to_owned()),
+            ..engine::Config::default()
+        };
+        let secrets = engine::Secrets { password_file: Some(password), token_file: None };
+        let metrics = Metrics::new();
+        let publisher = Publisher::new(&account, secrets, &publish::Config::default(), metrics.clone()).unwrap();
+        let kept = dead_letter::Config { directory: home.path().join("dead"), ..dead_letter::Config::default() };
+        // One thread: if it ended, nothing more would come.
+        let encoder = Encoder::building(1, 8 << 20, metrics.clone(), |frame, image| {
+            assert!(image != POISON, "on purpose");
+            Ok(Body::build(frame, image))
+        });
+        let (intake, outlet) = queue::queue(BUDGET, &metrics);
+        let (told, mut dispositions) = mpsc::unbounded_channel();
+        let images: [&[u8]; 5] = [b"\xff\xd8\xff one", POISON, BROKEN, b"\xff\xd8\xff two", b"\xff\xd8\xff three"];
+        let line = Images { waiting: Mutex::new(images.into()), told };
+        let ready = intake.register(frame_of("Cam").detector, Arc::new(line));
+        ready.ready();
+        let stages = Arc::new(Stages {
+            encoder,
+            publisher: publisher.clone(),
+            dead_letters: DeadLetters::open(kept, metrics.clone()).unwrap(),
+            metrics,
+            stop: CancellationToken::new(),
+        });
+        let beat = Watchdog::new(Arc::new(Notify::silent()), None).watch("pipeline");
+
+        let collect = async {
+            let mut became = BTreeMap::new();
+            while became.len() < images.len() {
+                became.extend(dispositions.recv().await);
+            }
+            stages.stop.cancel();
+            publisher.stop();
+            became
+        };
+        let all =
+            async { tokio::join!(collect, run(outlet, stages.clone(), beat), publisher.run(stages.stop.clone())).0 };
+        let became = tokio::time::timeout(PATIENCE, all).await.expect("every frame has an end");
+        let expected = images.map(|image| match image {
+            POISON => (image, Disposition::Rejected),
+            BROKEN => (image, Disposition::Released),
+            _ => (image, Disposition::Accepted),
+        });
+        assert_eq!(became, expected.into());
+        let letters: Vec<Listed> = stages.dead_letters.store().list(Filter::default()).unwrap().collect();
+        let [Listed::Sound(letter)] = &letters[..] else { panic!("{letters:?}") };
+        assert_eq!(letter.reason, Reason::InternalError);
+        assert_eq!(stages.dead_letters.store().image(&letter.id).unwrap(), POISON);
+    }
+}
