@@ -123,7 +123,7 @@ impl Command {
             Command::Doctor(args) => doctor::run(&args),
             Command::Publish(args) => publish::run(&args),
             Command::DeadLetter(DeadLetterArgs { config, args }) => match load(&config.config) {
-                Ok(loaded) => dead_letter::run(&args, &loaded.settings.dead_letter.directory),
+                Ok(loaded) => dead_letter::run(&args, &loaded.settings),
                 Err(code) => Ok(code),
             },
             Command::Demo(args) => demo::run(&args),

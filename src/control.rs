@@ -40,6 +40,8 @@ pub enum Request {
     Reload,
     /// What `/status` shows.
     Status,
+    /// Dead letters were removed or retried: count those that are left.
+    CountDeadLetters,
 }
 
 /// What came of it.
@@ -255,7 +257,7 @@ mod tests {
     async fn a_request_gets_its_answer() {
         with_server(|path| {
             assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
-            for request in [Request::Reload, Request::Status] {
+            for request in [Request::Reload, Request::Status, Request::CountDeadLetters] {
                 let answer = ask(path, &request).unwrap();
                 assert!(answer.ok);
                 assert_eq!(serde_json::from_value::<Request>(answer.data).unwrap(), request);

@@ -2,13 +2,14 @@
 //!
 //! Not here: what a frame goes through (`pipeline`), what a signal or a command line means (`cli`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -25,7 +26,7 @@ use crate::history::History;
 use crate::metrics::{DetectorCounts, DetectorMetrics, Metrics};
 use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
-use crate::publish::{EngineStatus, Publisher, State};
+use crate::publish::{self, EngineStatus, Publisher, State};
 use crate::queue::{self, Intake};
 use crate::settle::dead_letter::DeadLetters;
 use crate::source::{self, Entry, Health, directory};
@@ -42,6 +43,9 @@ const RELEASE_GRACE: Duration = Duration::from_secs(3);
 /// While draining: how often the engine's state is looked at, and how many looks in a row must find it away.
 const AWAY_LOOK_EVERY: Duration = Duration::from_millis(250);
 const AWAY_LOOKS: u32 = 4;
+/// Open files that are neither the engine's connections nor a source's: standard streams, the runtime, listeners (fourteen when
+/// idle), and the images, scrapes and commands of the moment.
+const OPEN_FILES_RESERVED: u64 = 18;
 /// Control requests that may wait for the daemon's turn.
 const REQUESTS_MAX: usize = 16;
 
@@ -61,8 +65,12 @@ pub struct Daemon {
     surroundings: Surroundings,
     shared: Arc<Shared>,
     intake: Intake,
+    /// Those of now, for frames that are retried.
+    entries: Arc<ArcSwap<Vec<Entry>>>,
     sources: Vec<Source>,
     source_tasks: JoinSet<()>,
+    /// Outlives each source, so that a reload publishes nothing again.
+    unsettled: directory::Unsettled,
     pipeline: JoinSet<()>,
     services: JoinSet<()>,
     stop_pipeline: CancellationToken,
@@ -113,8 +121,6 @@ pub struct SourceStatus {
     pub path: PathBuf,
     /// Why it cannot deliver; `null` while it can.
     pub held: Option<String>,
-    /// Longer than `silence_alarm` without a frame.
-    pub silent: bool,
 }
 
 /// One detector in `/status`.
@@ -126,8 +132,6 @@ pub struct DetectorStatus {
     pub rate: f64,
     /// Mean way from noticed to accepted of the last frames, milliseconds.
     pub delivery_ms: Option<f64>,
-    /// Longer than `silence_alarm` without a frame.
-    pub silent: bool,
     pub counts: DetectorCounts,
 }
 
@@ -140,8 +144,9 @@ impl Daemon {
         let metrics = Metrics::new();
         let dead_letters = DeadLetters::open(settings.dead_letter.clone(), metrics.clone())?;
         let publisher =
-            Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics.clone())
+            Publisher::new(&settings.engine(), settings.engine_secrets(), &fitting(&settings), metrics.clone())
                 .context("cannot set up publishing to the engine")?;
+        tell_ceiling(&settings);
         let encoder = Encoder::start(settings.encode.workers, settings.encode.max_frame.as_u64(), metrics.clone());
         let listener = TcpListener::bind(settings.admin.listen)
             .await
@@ -188,12 +193,14 @@ impl Daemon {
         }
         let mut daemon = Self {
             beat: watchdog.watch("daemon"),
+            entries: Arc::new(ArcSwap::from_pointee(settings.detectors.clone())),
             settings,
             surroundings,
             shared,
             intake,
             sources: Vec::new(),
             source_tasks: JoinSet::new(),
+            unsettled: directory::Unsettled::default(),
             pipeline,
             services,
             stop_pipeline,
@@ -319,6 +326,7 @@ impl Daemon {
             self.shared.metrics.clone(),
             self.settings.encode.max_frame.as_u64(),
             health.clone(),
+            self.unsettled.clone(),
             stop.clone(),
         ));
         self.sources.push(Source { entry, health, stop });
@@ -330,7 +338,7 @@ impl Daemon {
         let stop = self.stop_pipeline.child_token();
         let (letters, intake, metrics) =
             (self.shared.dead_letters.clone(), self.intake.clone(), self.shared.metrics.clone());
-        self.source_tasks.spawn(source::retry::run(letters, intake, metrics, stop));
+        self.source_tasks.spawn(source::retry::run(letters, self.entries.clone(), intake, metrics, stop));
     }
 
     /// Lets `/status` and `/readyz` see the sources of now.
@@ -346,6 +354,10 @@ impl Daemon {
                 Ok(data) => Answer::done("", data),
                 Err(error) => Answer::refused(error.to_string()),
             },
+            Request::CountDeadLetters => {
+                self.shared.dead_letters.changed();
+                Answer::done("", serde_json::Value::Null)
+            }
         }
     }
 
@@ -381,11 +393,17 @@ impl Daemon {
         }
         let new = loaded.settings;
         let changes = config::diff(&self.settings, &new);
-        if changes.engine || changes.publish {
+        // Whoever reloads while publishing is paused has mended something, perhaps only inside a secret's file.
+        let paused = self.shared.publisher.status().state != State::Open;
+        let publish = fitting(&new);
+        if changes.engine || publish != fitting(&self.settings) || paused {
             self.shared
                 .publisher
-                .reconfigure(&new.engine(), new.engine_secrets(), &new.publish)
+                .reconfigure(&new.engine(), new.engine_secrets(), &publish)
                 .context("cannot set up publishing to the engine")?;
+        }
+        if changes.publish {
+            tell_ceiling(&new);
         }
         if let Some(log) = &self.surroundings.log {
             log.set_level(&new.log.level)?;
@@ -407,6 +425,7 @@ impl Daemon {
             }
         }
         self.publish_sources();
+        self.entries.store(Arc::new(new.detectors.clone()));
         let mut message = format!(
             "{} detector entries unchanged, {added} started, {} stopped",
             self.sources.len() - added,
@@ -421,6 +440,21 @@ impl Daemon {
     }
 }
 
+/// `[publish]` as the limit on open files allows it.
+fn fitting(settings: &Settings) -> publish::Config {
+    let sources = source::OPEN_FILES_PER_ENTRY * settings.detectors.len() as u64;
+    settings.publish.fitting(OPEN_FILES_RESERVED + sources)
+}
+
+fn tell_ceiling(settings: &Settings) {
+    let (asked, now) = (settings.publish.max_in_flight, fitting(settings).max_in_flight);
+    if now < asked {
+        tracing::warn!(
+            "publish.max_in_flight is {asked}, but the limit on open files leaves room for {now}; raise it (systemd: LimitNOFILE, shell: ulimit -n)"
+        );
+    }
+}
+
 impl Shared {
     fn sources(&self) -> Vec<(Arc<Entry>, Health)> {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -428,7 +462,7 @@ impl Shared {
 
     fn status(&self) -> Status {
         let sources = self.sources();
-        let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d, &sources)).collect();
+        let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -436,43 +470,25 @@ impl Shared {
             uptime_seconds: self.started.elapsed().as_secs(),
             admin: self.admin,
             engine: self.publisher.status(),
-            sources: sources.iter().map(|(entry, health)| self.source_status(entry, health)).collect(),
+            sources: sources.iter().map(|(entry, health)| Self::source_status(entry, health)).collect(),
             detectors,
             dead_letters,
             dead_letter_bytes,
         }
     }
 
-    fn detector_status(&self, detector: &DetectorMetrics, sources: &[(Arc<Entry>, Health)]) -> DetectorStatus {
+    fn detector_status(&self, detector: &DetectorMetrics) -> DetectorStatus {
         let now = self.history.now(&detector.name);
-        let entry = sources.iter().find(|(entry, _)| *entry.name == *detector.name);
         DetectorStatus {
             name: detector.name.to_string(),
             rate: now.rate,
             delivery_ms: now.delivery.map(|time| time.as_secs_f64() * 1e3),
-            silent: entry.is_some_and(|(entry, _)| self.is_silent(entry)),
             counts: detector.counts(),
         }
     }
 
-    fn source_status(&self, entry: &Entry, health: &Health) -> SourceStatus {
-        SourceStatus {
-            name: entry.name.clone(),
-            path: entry.directory.path.clone(),
-            held: health.held(),
-            silent: self.is_silent(entry),
-        }
-    }
-
-    /// Longer than its alarm without a frame.
-    fn is_silent(&self, entry: &Entry) -> bool {
-        let Some(alarm) = entry.silence_alarm else { return false };
-        let last =
-            self.metrics.detectors().iter().find(|d| *d.name == *entry.name).and_then(|d| d.counts().last_frame_ms);
-        let quiet = last.map_or(self.started.elapsed(), |last| {
-            Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - last).unwrap_or(0))
-        });
-        quiet > alarm
+    fn source_status(entry: &Entry, health: &Health) -> SourceStatus {
+        SourceStatus { name: entry.name.clone(), path: entry.directory.path.clone(), held: health.held() }
     }
 
     /// What the status page shows.
@@ -486,7 +502,7 @@ impl Shared {
             hour: self.history.hour(&detector.name),
             name: detector.name,
             up: detector.counts.up,
-            silent: detector.silent,
+            silent: detector.counts.silent,
             rate: detector.rate,
             delivery: detector.delivery_ms.map(|ms| Duration::from_secs_f64(ms / 1e3)),
             pending: detector.counts.pending,
@@ -550,16 +566,18 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
     let mut every = tokio::time::interval(UPKEEP_EVERY);
     let mut look = tokio::time::interval(HISTORY_EVERY);
     let mut tidied: Option<Instant> = None;
+    let mut silent = BTreeSet::new();
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = look.tick() => {
                 shared.history.look(&shared.metrics, Instant::now());
+                tell_silence(&shared.metrics, &mut silent);
                 continue;
             }
-            _ = every.tick() => {}
+            _ = every.tick() => shared.metrics.upkeep(),
+            () = shared.dead_letters.until_changed() => tidied = None,
         }
-        shared.metrics.upkeep();
         if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
             tidied = Some(Instant::now());
             let letters = shared.dead_letters.clone();
@@ -568,6 +586,24 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
                 Ok(Err(error)) => tracing::warn!("cannot tidy the dead letters: {error:#}"),
                 Err(error) => tracing::error!("tidying the dead letters failed: {error}"),
             }
+        }
+    }
+}
+
+/// Says once when a detector has been silent for longer than its alarm, and once when it is heard again.
+fn tell_silence(metrics: &Metrics, silent: &mut BTreeSet<Arc<str>>) {
+    for detector in metrics.detectors() {
+        let (now, was) = (detector.counts().silent, silent.contains(&detector.name));
+        match (was, now) {
+            (false, true) => {
+                tracing::warn!(detector = %detector.name, "no frame for longer than its silence_alarm: does its camera run?");
+                silent.insert(detector.name.clone());
+            }
+            (true, false) => {
+                tracing::info!(detector = %detector.name, "frames come again");
+                silent.remove(&detector.name);
+            }
+            (true, true) | (false, false) => {}
         }
     }
 }

@@ -38,7 +38,7 @@ pub struct Config {
     /// Images and bodies in memory at once.
     #[schemars(with = "String")]
     pub memory: ByteSize,
-    /// Larger images become dead letters.
+    /// Larger files are refused: left where they are, counted and said once.
     #[schemars(with = "String")]
     pub max_frame: ByteSize,
 }
@@ -83,6 +83,9 @@ pub enum Encoded {
     Gone,
 }
 
+/// Makes an image's body, or says what is wrong with it.
+type Build = fn(&Frame, &[u8]) -> Result<Body, Flaw>;
+
 struct Job {
     take: Take,
     reply: oneshot::Sender<Encoded>,
@@ -92,8 +95,13 @@ struct Job {
 
 impl Encoder {
     /// Starts the threads; 0 `workers` means one for each CPU. Images are expected to be at most `max_frame` bytes.
-    #[expect(clippy::needless_pass_by_value, reason = "each thread owns one; callers have one to give")]
     pub fn start(workers: usize, max_frame: u64, metrics: Arc<Metrics>) -> Self {
+        Self::building(workers, max_frame, metrics, build)
+    }
+
+    /// [`Encoder::start`] with a way of its own to make an image's body.
+    #[expect(clippy::needless_pass_by_value, reason = "each thread owns one; callers have one to give")]
+    pub(crate) fn building(workers: usize, max_frame: u64, metrics: Arc<Metrics>, build: Build) -> Self {
         let workers = if workers == 0 { thread::available_parallelism().map_or(1, usize::from) } else { workers };
         let places = workers * WAITING_PER_WORKER;
         let (jobs, inbox) = crossbeam_channel::bounded(places);
@@ -102,7 +110,7 @@ impl Encoder {
             let (inbox, metrics) = (inbox.clone(), metrics.clone());
             thread::Builder::new()
                 .name(format!("encode-{n}"))
-                .spawn(move || work(&inbox, buffer_max, &metrics))
+                .spawn(move || work(&inbox, buffer_max, build, &metrics))
                 .expect("the system lets a thread start");
         }
         Self { jobs, slots: Arc::new(Semaphore::new(places)) }
@@ -118,7 +126,7 @@ impl Encoder {
     }
 }
 
-fn work(inbox: &Receiver<Job>, buffer_max: usize, metrics: &Metrics) {
+fn work(inbox: &Receiver<Job>, buffer_max: usize, build: Build, metrics: &Metrics) {
     let mut buffer = Vec::new();
     for Job { take, reply, slot } in inbox {
         drop(slot);

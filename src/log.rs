@@ -2,14 +2,16 @@
 //!
 //! journalctl shows only an event's message, so the facts are written into it; its priority goes before it as `<N>`, which
 //! journald takes off. Whatever a file name, a broker or the engine put into a fact, it stays on its line: control
-//! characters are escaped. An event that cannot be written is lost, and nothing else is.
+//! characters are escaped. An event that cannot be written, because the disk is full or nobody reads, is lost, and nothing
+//! else is.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -28,6 +30,8 @@ use tracing_subscriber::{EnvFilter, Registry, reload};
 const KEYS_MAX: usize = 256;
 /// What further kinds are counted under.
 const OTHERS: &str = "(others)";
+/// Bytes that a pipe which has room at all takes without waiting (`PIPE_BUF`).
+const ROOM: usize = 4096;
 
 /// `[log]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -95,9 +99,35 @@ pub fn init(config: &Config) -> anyhow::Result<Handle> {
         Format::Auto if journald_reads_stderr() => Look::Journal,
         Format::Auto | Format::Text => Look::Text { colours: terminal && std::env::var_os("NO_COLOR").is_none() },
     };
-    let (subscriber, handle) = subscriber(&config.level, look, std::io::stderr)?;
+    let (subscriber, handle) = subscriber(&config.level, look, || Stderr)?;
     subscriber.try_init().context("the log is set up already")?;
     Ok(handle)
+}
+
+/// Standard error, which is never waited for: a reader that stands still must not make the daemon stand still.
+struct Stderr;
+
+impl io::Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes).map(|()| bytes.len())
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // Locked from the look to the write, so that nobody else takes the room.
+        let mut stderr = io::stderr().lock();
+        for part in bytes.chunks(ROOM) {
+            let mut looks = [PollFd::new(&stderr, PollFlags::OUT)];
+            if poll(&mut looks, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            stderr.write_all(part)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -50,7 +50,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     (
         "frames_returned_total",
         C,
-        "Frames given back to their source when the daemon stopped or the source was removed.",
+        "Frames given back to their source when the daemon stopped, the source was removed, or they could not be read.",
     ),
     ("frames_pending", G, "Frames accepted and not yet published, dead-lettered, dropped or returned."),
     ("frames_refused_total", C, "Entries that were never accepted (a symlink, a FIFO and the like), by reason."),
@@ -220,11 +220,20 @@ pub struct DetectorMetrics {
     last_frame: Gauge,
     up: Gauge,
     silence_alarm: Gauge,
-    /// How many sources serve the detector.
-    sources: Mutex<u32>,
+    /// By whom it is served now.
+    served_by: Mutex<Served>,
     up_now: AtomicU64,
     last_frame_ms: AtomicI64,
     delivered: Deliveries,
+}
+
+/// The sources of a detector: one, and two for a moment while a reload replaces one.
+#[derive(Default)]
+struct Served {
+    sources: u32,
+    alarm: Option<Duration>,
+    /// Wall clock, milliseconds.
+    since_ms: Option<i64>,
 }
 
 /// Deliveries since they were last taken.
@@ -259,6 +268,8 @@ pub struct DetectorCounts {
     pub refused: u64,
     pub pending: i64,
     pub up: bool,
+    /// Longer than its `silence_alarm` without a frame.
+    pub silent: bool,
     /// Milliseconds since 1970; `None` before the first frame.
     pub last_frame_ms: Option<i64>,
 }
@@ -317,7 +328,7 @@ impl DetectorMetrics {
             last_frame: gauge("detector_last_frame_timestamp_seconds"),
             up: gauge("detector_up"),
             silence_alarm: gauge("detector_silence_alarm_seconds"),
-            sources: Mutex::default(),
+            served_by: Mutex::default(),
             up_now: AtomicU64::new(0),
             last_frame_ms: AtomicI64::new(0),
             delivered: Deliveries::default(),
@@ -401,23 +412,36 @@ impl DetectorMetrics {
 
     /// A source serves the detector from now on, with this alarm.
     pub fn served(&self, silence_alarm: Option<Duration>) {
-        *self.sources() += 1;
+        let mut served = self.served_by();
+        served.sources += 1;
+        served.alarm = silence_alarm;
+        served.since_ms.get_or_insert_with(|| Timestamp::now().as_millisecond());
         self.silence_alarm.set(silence_alarm.map_or(f64::INFINITY, |alarm| alarm.as_secs_f64()));
     }
 
     /// A source has ended. After the last one the detector is not configured any more, and no alarm may be about it; but a
     /// reload that changes an entry ends its former source after the new one began.
     pub fn left(&self) {
-        let mut sources = self.sources();
-        *sources = sources.saturating_sub(1);
-        if *sources == 0 {
+        let mut served = self.served_by();
+        served.sources = served.sources.saturating_sub(1);
+        if served.sources == 0 {
+            *served = Served::default();
             self.up(false);
             self.silence_alarm.set(0.0);
         }
     }
 
-    fn sources(&self) -> MutexGuard<'_, u32> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Longer than its alarm without a frame.
+    fn is_silent(&self) -> bool {
+        let served = self.served_by();
+        let (Some(alarm), Some(since)) = (served.alarm, served.since_ms) else { return false };
+        let heard = self.last_frame_ms.load(Ordering::Relaxed).max(since);
+        let quiet = u64::try_from(Timestamp::now().as_millisecond() - heard).unwrap_or(0);
+        Duration::from_millis(quiet) > alarm
+    }
+
+    fn served_by(&self) -> MutexGuard<'_, Served> {
+        self.served_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the detector's source can deliver.
@@ -439,6 +463,7 @@ impl DetectorMetrics {
             refused: get(&self.counts.refused),
             pending: self.pending.load(Ordering::Relaxed),
             up: get(&self.up_now) == 1,
+            silent: self.is_silent(),
             last_frame_ms: (last != 0).then_some(last),
         }
     }

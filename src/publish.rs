@@ -1,15 +1,19 @@
 //! Publishing: one frame's attempts until the engine has it, or it is plain that the frame is at fault, or the daemon stops.
 //!
-//! `state` decides who may try when and whose fault a failure is; `engine` sends; `verdict` says what an answer means; `token` logs in;
-//! `limit` and `backoff` are arithmetic. This file ties them together: it waits, sends, logs and counts. No frame is ever held up by
-//! a wait in here that `stop` or `reconfigure` would not end, except by its own request in flight.
+//! `line` decides who may try when and whose fault a failure is; `desk` is where frames wait for it; `engine` sends; `verdict` says
+//! what an answer means; `token` logs in; `limit` and `backoff` are arithmetic. This file ties them together: it waits, sends, logs
+//! and counts. No frame is ever held up by a wait in here that `stop` or `reconfigure` would not end, except by its own request in
+//! flight.
 //!
 //! Timers, logins and renewals live in [`Publisher::run`]: without it running, nobody is let through to the engine.
 
 mod backoff;
+mod counts;
+mod desk;
 pub mod engine;
 pub mod examine;
 mod limit;
+mod line;
 mod state;
 pub mod tls;
 mod token;
@@ -18,7 +22,7 @@ mod verdict;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
@@ -26,21 +30,22 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
-use metrics::{Counter, Gauge};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use self::backoff::Backoff;
+use self::counts::Handles;
+use self::desk::{Desk, Seat};
 use self::engine::Client;
+use self::line::{CaseId, Ended, Line, Next, Settings, Signal};
 pub use self::state::State;
-use self::state::{CaseId, Change, Ended, Line, Next, Settings, Signal};
 use self::token::Tokens;
 use self::verdict::{Reply, SendError, Verdict, judge};
-use crate::frame::{Detector, Frame};
+use crate::frame::Frame;
 use crate::metrics::Metrics;
 use crate::settle::Refusal;
 
@@ -89,6 +94,13 @@ impl Default for Config {
 }
 
 impl Config {
+    /// With no more attempts in flight than this process may open files: each is a connection, and `others` are needed for the rest.
+    #[must_use]
+    pub fn fitting(&self, others: u64) -> Self {
+        let open_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        Self { max_in_flight: limit::fitting(self.max_in_flight, open_files, others), ..self.clone() }
+    }
+
     fn settings(&self) -> anyhow::Result<Settings> {
         if !self.rate.is_finite() || self.rate < 0.0 {
             bail!("publish.rate: {} is no rate; it must be 0 (no limit) or more", self.rate);
@@ -113,8 +125,11 @@ pub enum Outcome {
     Accepted,
     /// The engine takes others, but not this one: a dead letter.
     Refused(Refusal),
-    /// The daemon stops; nothing is decided.
-    Released,
+    /// The publisher stops; nothing is decided.
+    Released {
+        /// What came of the last attempt, for people; `None` if there was none.
+        said: Option<String>,
+    },
 }
 
 /// What `/status` says about the engine.
@@ -179,19 +194,6 @@ struct Live {
     replaced: CancellationToken,
 }
 
-/// What changes under the lock.
-struct Desk {
-    line: Line,
-    seats: HashMap<CaseId, oneshot::Sender<Signal>>,
-    /// The moment that `run` sleeps until.
-    armed: Option<Instant>,
-    since: Timestamp,
-    failures: u64,
-    last_failure: String,
-    /// Waiting for rate limits, not yet counted as whole seconds.
-    held: Duration,
-}
-
 impl Publisher {
     /// Sets up the client; connects to nothing.
     ///
@@ -216,6 +218,7 @@ impl Publisher {
                 since: Timestamp::now(),
                 failures: 0,
                 last_failure: String::new(),
+                shown: None,
                 held: Duration::ZERO,
             }),
             timer: Notify::new(),
@@ -233,18 +236,21 @@ impl Publisher {
     pub async fn publish(&self, frame: &Frame, body: Bytes, begun: impl FnOnce()) -> Outcome {
         let mut begun = Some(begun);
         let mut seat = Seat::take(self, &frame.detector);
+        let mut said = None;
         loop {
             match seat.signal().await {
-                Signal::Released => return Outcome::Released,
+                Signal::Released => return Outcome::Released { said },
                 Signal::Refused(refusal) => return Outcome::Refused(refusal),
                 Signal::Go { number } => {
                     if let Some(begun) = begun.take() {
                         begun();
                     }
                     let ended = self.attempt(frame, seat.case, number, body.clone()).await;
+                    let heard = (ended.verdict != Verdict::Accepted).then(|| ended.verdict.said());
                     if seat.ended(ended) == Next::Accepted {
                         return Outcome::Accepted;
                     }
+                    said = heard;
                 }
             }
         }
@@ -277,6 +283,13 @@ impl Publisher {
         drop(desk);
         self.token.notify_one();
         Ok(())
+    }
+
+    /// Whether more waiting is of no use to those that wait: somebody has to change something first, at the engine or here, or
+    /// the engine has refused each of them more than once with nothing accepted since. For commands that somebody waits for;
+    /// a daemon has all the time there is.
+    pub fn is_stuck(&self) -> bool {
+        self.desk().line.is_stuck()
     }
 
     /// How the engine is.
@@ -349,40 +362,6 @@ impl Publisher {
         };
         self.skew_ms.store(skew, Ordering::Relaxed);
         self.handles.skew.set(skew as f64 / 1e3);
-    }
-
-    fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Starts what may start, tells those it concerns, and shows what changed.
-    fn turn(&self, desk: &mut Desk) {
-        desk.line.pump(Instant::now());
-        for (case, signal) in desk.line.take_signals() {
-            // A case whose task is gone leaves by its seat's drop.
-            if let Some(seat) = desk.seats.remove(&case) {
-                drop(seat.send(signal));
-            }
-        }
-        for change in desk.line.take_changes() {
-            desk.since = Timestamp::now();
-            self.handles.show_state(change.to);
-            tell(&change);
-        }
-        self.metrics.in_flight.set(desk.line.in_flight() as f64);
-        self.handles.concurrency.set(desk.line.concurrency() as f64);
-        desk.held += desk.line.take_held();
-        if desk.held.as_secs() > 0 {
-            self.handles.rate_limited.increment(desk.held.as_secs());
-            desk.held = Duration::from_nanos(desk.held.subsec_nanos().into());
-        }
-        if desk.line.token_wanted().is_some() {
-            self.token.notify_one();
-        }
-        if desk.line.wake().is_some_and(|at| desk.armed.is_none_or(|armed| at < armed)) {
-            desk.armed = desk.line.wake();
-            self.timer.notify_one();
-        }
     }
 
     async fn keep_time(&self) {
@@ -515,134 +494,6 @@ impl Live {
             insecure,
             replaced: CancellationToken::new(),
         })
-    }
-}
-
-/// A frame's place at the desk; leaves it when dropped, wherever it was.
-struct Seat<'a> {
-    publisher: &'a Publisher,
-    case: CaseId,
-    signal: oneshot::Receiver<Signal>,
-    gone: bool,
-}
-
-impl<'a> Seat<'a> {
-    fn take(publisher: &'a Publisher, detector: &Detector) -> Self {
-        let mut desk = publisher.desk();
-        let case = desk.line.enter(detector, Instant::now());
-        let signal = desk.wait(case);
-        publisher.turn(&mut desk);
-        drop(desk);
-        Self { publisher, case, signal, gone: false }
-    }
-
-    async fn signal(&mut self) -> Signal {
-        // The sender is only dropped unsent with the desk itself.
-        (&mut self.signal).await.unwrap_or(Signal::Released)
-    }
-
-    fn ended(&mut self, ended: Ended) -> Next {
-        let mut desk = self.publisher.desk();
-        let reason = ended.verdict.reason();
-        let routine = matches!(ended.verdict, Verdict::Accepted | Verdict::Token);
-        let failure = (!routine).then(|| format!("{:?}", ended.verdict));
-        let next = desk.line.ended(ended, Instant::now());
-        if next == Next::Accepted {
-            self.gone = true;
-        } else {
-            self.signal = desk.wait(self.case);
-        }
-        self.publisher.turn(&mut desk);
-        // In a pause the change of state has said it.
-        if let Some(failure) = failure
-            && desk.line.state() == State::Open
-        {
-            desk.failures += 1;
-            desk.last_failure = failure;
-            self.publisher.failure.notify_one();
-        }
-        drop(desk);
-        if next == Next::Wait {
-            self.publisher.metrics.counter("publish_retries_total", &[("reason", reason)]).increment(1);
-        }
-        next
-    }
-}
-
-impl Drop for Seat<'_> {
-    fn drop(&mut self) {
-        if self.gone {
-            return;
-        }
-        let mut desk = self.publisher.desk();
-        desk.seats.remove(&self.case);
-        desk.line.abandoned(self.case, Instant::now());
-        self.publisher.turn(&mut desk);
-    }
-}
-
-impl Desk {
-    fn wait(&mut self, case: CaseId) -> oneshot::Receiver<Signal> {
-        let (tell, hear) = oneshot::channel();
-        self.seats.insert(case, tell);
-        hear
-    }
-}
-
-/// Metrics that are touched for every attempt.
-struct Handles {
-    statuses: Box<[OnceLock<Counter>]>,
-    errors: [(&'static str, Counter); 4],
-    states: [(State, Gauge); 8],
-    concurrency: Gauge,
-    skew: Gauge,
-    rate_limited: Counter,
-}
-
-impl Handles {
-    fn new(metrics: &Metrics) -> Self {
-        let error = |result| (result, metrics.counter("publish_attempts_total", &[("result", result)]));
-        Self {
-            statuses: std::iter::repeat_with(OnceLock::new).take(1000).collect(),
-            errors: ["timeout", "connect", "tls", "reset"].map(error),
-            states: State::ALL.map(|state| (state, metrics.gauge("engine_state", &[("state", state.as_str())]))),
-            concurrency: metrics.gauge("concurrency_limit", &[]),
-            skew: metrics.gauge("clock_skew_seconds", &[]),
-            rate_limited: metrics.counter("rate_limited_seconds_total", &[]),
-        }
-    }
-
-    fn attempt(&self, metrics: &Metrics, result: &Result<Reply, SendError>) {
-        let error = match result {
-            Ok(reply) => {
-                let Some(slot) = self.statuses.get(usize::from(reply.status)) else { return };
-                let register = || metrics.counter("publish_attempts_total", &[("result", &reply.status.to_string())]);
-                slot.get_or_init(register).increment(1);
-                return;
-            }
-            Err(SendError::Timeout { .. }) => "timeout",
-            Err(SendError::Connect(_) | SendError::Dns(_)) => "connect",
-            Err(SendError::Tls(_) | SendError::Certificate(_)) => "tls",
-            Err(SendError::Reset { .. }) => "reset",
-        };
-        if let Some((_, counter)) = self.errors.iter().find(|(name, _)| *name == error) {
-            counter.increment(1);
-        }
-    }
-
-    fn show_state(&self, now: State) {
-        for (state, gauge) in &self.states {
-            gauge.set(f64::from(u8::from(*state == now)));
-        }
-    }
-}
-
-fn tell(change: &Change) {
-    let (from, to, reason) = (change.from.as_str(), change.to.as_str(), &change.reason);
-    if change.to == State::Open {
-        info!(from, reason, "publishing again");
-    } else {
-        warn!(from, state = to, reason, advice = change.to.advice(), "publishing is paused; frames are kept");
     }
 }
 

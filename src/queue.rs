@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 use crate::frame::{Detector, Frame};
-use crate::metrics::Metrics;
+use crate::metrics::{DetectorMetrics, Metrics};
 use crate::settle::Receipt;
 
 /// Frames of a line of weight 1 that were delivered and have not begun to be published. It goes up with the weight:
@@ -109,6 +109,7 @@ impl Intake {
         state.next_id += 1;
         let weight = detector.weight.max(1);
         let slot = Slot {
+            counts: self.door.shared.metrics.detector(&detector.name),
             detector,
             line: Some(line),
             said: said.clone(),
@@ -161,6 +162,8 @@ pub struct Outlet {
 pub struct Delivery {
     /// Whose frame it is.
     pub detector: Arc<Detector>,
+    /// Where what becomes of it is counted: looked up once for the line, not for each frame.
+    pub counts: Arc<DetectorMetrics>,
     /// To be run on an encode worker.
     pub take: Take,
     /// Its room in the queue's bounds.
@@ -308,6 +311,7 @@ struct State {
 
 struct Slot {
     detector: Arc<Detector>,
+    counts: Arc<DetectorMetrics>,
     /// `None`: removed, and kept only for the frames in hand.
     line: Option<Arc<dyn Line>>,
     said: Arc<AtomicBool>,
@@ -426,7 +430,7 @@ impl State {
         slot.pass += slot.stride;
         self.turns.insert((slot.pass, id));
         let lease = Lease { shared: shared.clone(), line: id, charge, begun: AtomicBool::new(false) };
-        Some(Delivery { detector: slot.detector.clone(), take: offer.take, lease })
+        Some(Delivery { detector: slot.detector.clone(), counts: slot.counts.clone(), take: offer.take, lease })
     }
 
     /// The line is ready, or no longer held back.

@@ -11,6 +11,9 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Open files that an entry keeps: its directory, the hidden one, its lock, its claims, inotify; and one more while it scans.
+pub const OPEN_FILES_PER_ENTRY: u64 = 6;
+
 /// One `[[detectors]]` entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -49,6 +52,18 @@ impl Default for Entry {
             silence_alarm: None,
             directory: directory::Config::default(),
         }
+    }
+}
+
+impl Entry {
+    /// Of these, the one that a detector of this name belongs to: by its whole name, else by what stands around placeholders.
+    pub fn of<'a>(detector: &str, entries: &'a [Entry]) -> Option<&'a Entry> {
+        let family = |entry: &&Entry| {
+            let (Some(open), Some(close)) = (entry.name.find('{'), entry.name.rfind('}')) else { return false };
+            let rest = detector.strip_prefix(&entry.name[..open]);
+            rest.is_some_and(|rest| !rest.is_empty() && rest.ends_with(&entry.name[close + 1..]))
+        };
+        entries.iter().find(|entry| entry.name == detector).or_else(|| entries.iter().find(family))
     }
 }
 
@@ -99,5 +114,21 @@ impl Health {
         let news = *now != state;
         *now = state;
         news
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_detector_belongs_to_the_entry_of_its_name_else_to_the_family_that_it_fits() {
+        let entries = ["{path.0}-in", "Lobby-in", "Door"].map(|name| Entry { name: name.into(), ..Entry::default() });
+        let of = |detector| Entry::of(detector, &entries).map(|entry| entry.name.as_str());
+        assert_eq!(of("Lobby-in"), Some("Lobby-in"));
+        assert_eq!(of("Yard-in"), Some("{path.0}-in"));
+        assert_eq!(of("Door"), Some("Door"));
+        assert_eq!(of("Yard"), None);
+        assert_eq!(of(""), None);
     }
 }

@@ -7,13 +7,17 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use framegate::simulator::Certificate;
 use support::engine::{Engine, hash, image, nothing_lost, put_face};
-use support::{PATIENCE, Site, eventually, files_below};
+use support::{Daemon, PATIENCE, Site, eventually, files_below};
+
+/// What should take moments, but is not worth a test's whole patience.
+const SOON: Duration = Duration::from_secs(15);
 
 const COMMANDS: [&str; 12] = [
     "run",
@@ -127,6 +131,39 @@ fn publish_tells_what_the_engine_refuses() {
 }
 
 #[test]
+fn publish_gives_up_soon_where_only_somebody_can_help_and_says_what_the_engine_said() {
+    /// What is wrong, how many files, what the summary says, and how many requests that took at most.
+    type Trouble = (fn(&Engine), u64, [&'static str; 2], u64);
+    let troubles: [Trouble; 6] = [
+        (|engine| refuse(engine, &image(0)), 1, ["rejected: status 400", "injected"], 5),
+        (|engine| engine.change(|faults| faults.answer_all = Some(403)), 1, ["forbidden: status 403", "injected"], 5),
+        (|engine| engine.change(|faults| faults.answer_all = Some(403)), 9, ["forbidden", "Face Publishing"], 15),
+        (|engine| engine.change(|faults| faults.answer_all = Some(400)), 30, ["rejecting: status 400", "injected"], 40),
+        (|engine| engine.change(|faults| faults.login_status = Some(401)), 3, ["credentials", "password"], 0),
+        (Engine::down, 3, ["unreachable", "cannot connect"], 0),
+    ];
+    for (trouble, files, says, requests_max) in troubles {
+        let engine = Engine::start();
+        let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
+        site.write_config();
+        let photos = site.path().join("photos");
+        fs::create_dir(&photos).unwrap();
+        for n in 0..files {
+            fs::write(photos.join(format!("{n}.jpg")), image(n)).unwrap();
+        }
+        trouble(&engine);
+        let failed = output(&site, &["publish", photos.to_str().unwrap()]);
+        assert_eq!(failed.status.code(), Some(1), "{says:?}: {}", all_of(&failed));
+        let text = text_of(&failed.stdout);
+        assert!(text.starts_with(&format!("0 of {files} published")), "{says:?}: {}", all_of(&failed));
+        assert!(says.iter().all(|part| text.contains(part)), "{says:?}: {}", all_of(&failed));
+        assert!(text_of(&failed.stderr).contains("giving up"), "{says:?}: {}", all_of(&failed));
+        let requests = engine.counts().publish;
+        assert!(requests <= requests_max, "{says:?}: {requests} requests");
+    }
+}
+
+#[test]
 fn dead_letters_are_listed_shown_retried_and_purged_with_a_running_daemon() {
     let engine = Engine::start();
     let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
@@ -160,6 +197,31 @@ fn dead_letters_are_listed_shown_retried_and_purged_with_a_running_daemon() {
     });
     daemon.idle(PATIENCE);
     engine.contract_held();
+}
+
+#[test]
+fn the_daemons_metrics_follow_at_once_when_dead_letters_are_retried_or_purged() {
+    let engine = Engine::start();
+    let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
+    let mut daemon = site.run();
+    let daemon_counts = |daemon: &Daemon<'_>, expected: i64| {
+        // Well within the minute after which its janitor would look by itself.
+        eventually("the daemon has counted them", SOON, || {
+            let samples = daemon.metrics();
+            let (count, bytes) =
+                (samples.count("framegate_dead_letters", ""), samples.count("framegate_dead_letter_bytes", ""));
+            (count == expected && (bytes > 0) == (expected > 0)).then_some(())
+        });
+    };
+    for command in ["purge", "retry"] {
+        let id = one_dead_letter(&engine, &site);
+        daemon_counts(&daemon, 1);
+        engine.change(|faults| faults.by_image.clear());
+        let arguments = ["dead-letter", command, &id, "--yes"];
+        said(&site, &arguments[..if command == "purge" { 4 } else { 3 }]);
+        daemon_counts(&daemon, 0);
+        daemon.idle(PATIENCE);
+    }
 }
 
 #[test]

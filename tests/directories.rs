@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileTimes, OpenOptions, Permissions};
 use std::io::{Seek as _, Write as _};
 use std::os::unix::ffi::OsStringExt as _;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -37,6 +37,7 @@ const RECEIVED: &str = "framegate_frames_received_total";
 const PUBLISHED: &str = "framegate_frames_published_total";
 const DEAD: &str = "framegate_frames_dead_lettered_total";
 const DROPPED: &str = "framegate_frames_dropped_total";
+const RETURNED: &str = "framegate_frames_returned_total";
 const REFUSED: &str = "framegate_frames_refused_total";
 const PENDING: &str = "framegate_frames_pending";
 const ERRORS: &str = "framegate_settle_errors_total";
@@ -46,6 +47,15 @@ const UP: &str = "framegate_detector_up";
 /// One detector `Cam` with these keys.
 fn site(engine: &Engine, keys: &str) -> Site {
     Site::new(&engine.base_url()).detector("Cam", "UTC", keys)
+}
+
+/// One detector `Cam` that archives what is published, and its archive.
+fn archiving(engine: &Engine, keys: &str) -> (Site, PathBuf) {
+    let site = Site::new(&engine.base_url());
+    let archive = site.path().join("archive");
+    let path = archive.to_str().expect("a plain path");
+    let keys = format!("{QUICK}\n{keys}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {path:?}");
+    (site.detector("Cam", "UTC", &keys), archive)
 }
 
 fn until(daemon: &Daemon<'_>, what: &str, condition: impl Fn(&Samples) -> bool) -> Samples {
@@ -196,7 +206,6 @@ fn a4_when_the_kernel_drops_events_a_scan_finds_everything() {
         return skipped("a4", "fs.inotify.max_queued_events cannot be set");
     };
     let mut daemon = site.run();
-    drop((short, settings));
     let put_one = |n: u64| {
         put(&site.drop_dir("Cam"), &format!("{n}.jpg"), &image(n));
         hash(&image(n))
@@ -204,6 +213,7 @@ fn a4_when_the_kernel_drops_events_a_scan_finds_everything() {
     // Ready is not yet watching: a first frame shows that it is.
     let first = put_one(FILES);
     engine.until_accepted(1);
+    drop((short, settings));
     // While it stands still, nothing is read from the queue.
     daemon.signal(Signal::STOP);
     let written: Vec<Hash> = (0..FILES).map(put_one).chain([first]).collect();
@@ -286,6 +296,26 @@ fn a7_a_file_system_mounted_over_the_directory_and_unmounted_again_loses_nothing
 }
 
 #[test]
+fn a7_a_file_system_can_be_unmounted_once_a_reload_took_its_detector_out() {
+    let engine = Engine::start();
+    let site = site(&engine, QUICK).detector("Other", "UTC", QUICK);
+    let dir = site.drop_dir("Cam");
+    let Some(_disk) = Mount::tmpfs(&dir, "size=16m") else { return skipped("a7", "no tmpfs can be mounted") };
+    let mut daemon = site.run();
+    put(&dir, "a.jpg", &image(1));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    let umount = || works("umount", &[dir.to_str().unwrap()]);
+    assert!(!umount(), "its detector keeps it busy");
+    let config = fs::read_to_string(site.config()).unwrap();
+    let (head, rest) = config.split_once("[[detectors]]").unwrap();
+    let (_, other) = rest.split_once("[[detectors]]").unwrap();
+    fs::write(site.config(), format!("{head}[[detectors]]{other}")).unwrap();
+    assert!(site.command(&["reload"]).output().unwrap().status.success());
+    eventually("it can be unmounted", PATIENCE, || umount().then_some(()));
+}
+
+#[test]
 fn a8_a_directory_that_is_removed_and_made_again_is_served_again() {
     let engine = Engine::start();
     let site = site(&engine, BY_EVENT);
@@ -310,6 +340,23 @@ fn a8_a_directory_that_is_removed_and_made_again_is_served_again() {
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &[1, 2, 3].map(|n| hash(&image(n)))), 0);
     assert!(site.log().contains("detector held") && site.log().contains("delivers again"));
+}
+
+#[test]
+fn a8_when_somebody_removes_the_claims_directory_it_is_made_again() {
+    let engine = Engine::start();
+    let site = site(&engine, BY_EVENT);
+    let dir = site.drop_dir("Cam");
+    let mut daemon = site.run();
+    put(&dir, "first.jpg", &image(1));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    fs::remove_dir_all(dir.join(".framegate")).unwrap();
+    put(&dir, "second.jpg", &image(2));
+    engine.until_accepted(2);
+    daemon.idle(PATIENCE);
+    until(&daemon, "its detector is up", |it| it.count(UP, "") == 1);
+    assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
 }
 
 // ---- A9–A11: what must never be opened
@@ -722,11 +769,7 @@ fn a16_two_daemons_on_one_directory_publish_each_frame_once() {
 #[test]
 fn a17_an_archive_on_another_file_system_keeps_bytes_and_relative_paths() {
     let engine = Engine::start();
-    let site = Site::new(&engine.base_url());
-    let archive = site.path().join("archive");
-    let keys =
-        format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
-    let site = site.detector("Cam", "UTC", &keys);
+    let (site, archive) = archiving(&engine, "");
     let dir = site.drop_dir("Cam");
     let Some(_disk) = Mount::tmpfs(&archive, "size=16m") else { return skipped("a17", "no tmpfs can be mounted") };
     let dead = Mount::tmpfs(&site.dead_letters(), "size=16m");
@@ -745,26 +788,26 @@ fn a17_an_archive_on_another_file_system_keeps_bytes_and_relative_paths() {
         put(&dir, "2026-11-23/001/a.jpg", &image(n));
         daemon.idle(PATIENCE);
     }
-    let mut kept: Vec<Hash> = files_below(&archive).iter().map(|path| hash(&fs::read(path).unwrap())).collect();
+    each_is_kept(&engine, &archive);
+}
+
+/// Nothing in the archive was replaced, and each kept its ending.
+fn each_is_kept(engine: &Engine, archive: &Path) {
+    let files = files_below(archive);
+    let mut kept: Vec<Hash> = files.iter().map(|path| hash(&fs::read(path).unwrap())).collect();
     let mut published: Vec<Hash> = engine.accepted().iter().map(|frame| frame.sha256).collect();
     kept.sort_unstable();
     published.sort_unstable();
-    assert_eq!(kept, published, "nothing in the archive was replaced: {:?}", files_below(&archive));
-    assert!(files_below(&archive).iter().all(|path| path.extension() == Some(OsStr::new("jpg"))));
+    assert_eq!(kept, published, "{files:?}");
+    assert!(files.iter().all(|path| path.extension() == Some(OsStr::new("jpg"))));
 }
 
 #[test]
 fn a17_an_archive_on_the_same_file_system_does_the_same_and_old_files_go() {
     let engine = Engine::start();
-    let site = Site::new(&engine.base_url());
-    let archive = site.path().join("archive");
+    let (site, archive) = archiving(&engine, "directory.archive_max_age = \"1ms\"");
     fs::create_dir_all(archive.join("old")).unwrap();
     fs::write(archive.join("old/old.jpg"), image(9)).unwrap();
-    let keys = format!(
-        "{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}\ndirectory.archive_max_age = \"1ms\"",
-        archive.to_str().unwrap()
-    );
-    let site = site.detector("Cam", "UTC", &keys);
     let dir = site.drop_dir("Cam");
     let mut daemon = site.run();
     eventually("what is too old goes", PATIENCE, || files_below(&archive).is_empty().then_some(()));
@@ -772,8 +815,7 @@ fn a17_an_archive_on_the_same_file_system_does_the_same_and_old_files_go() {
         put(&dir, "2026-11-23/001/a.jpg", &image(n));
         daemon.idle(PATIENCE);
     }
-    let kept: HashSet<Hash> = files_below(&archive).iter().map(|path| hash(&fs::read(path).unwrap())).collect();
-    assert_eq!(kept, HashSet::from([0, 1, 2].map(|n| hash(&image(n)))));
+    each_is_kept(&engine, &archive);
     assert_eq!(fs::read(archive.join("2026-11-23/001/a.jpg")).unwrap(), image(0));
 }
 
@@ -819,31 +861,131 @@ fn a19_when_there_are_no_inodes_for_dead_letters_the_source_keeps_its_files_unti
     dead_letters_without_room("a19", "nr_inodes=20", "nr_inodes=1000");
 }
 
-#[test]
-fn a18_when_the_archive_is_full_nothing_is_published_twice_and_the_rest_follows() {
+/// A detector `Cam` that archives to a file system in memory, which has room for two of [`six_faces`].
+fn archive_without_room(test: &str) -> Option<(std::sync::Arc<Engine>, Site, Mount)> {
     let engine = Engine::start();
-    let site = Site::new(&engine.base_url());
-    let archive = site.path().join("archive");
-    let keys =
-        format!("{QUICK}\ndirectory.after_publish = \"archive\"\ndirectory.archive = {:?}", archive.to_str().unwrap());
-    let site = site.detector("Cam", "UTC", &keys);
-    let Some(disk) = Mount::tmpfs(&archive, "size=64k") else { return skipped("a18", "no tmpfs can be mounted") };
-    let mut daemon = site.run();
-    let faces: Vec<Vec<u8>> = (0..6).map(|n| faces::face(n, 30 << 10)).collect();
+    let (site, archive) = archiving(&engine, "");
+    let Some(disk) = Mount::tmpfs(&archive, "size=64k") else {
+        skipped(test, "no tmpfs can be mounted");
+        return None;
+    };
+    Some((engine, site, disk))
+}
+
+fn six_faces() -> Vec<Vec<u8>> {
+    (0..6).map(|n| faces::face(n, 30 << 10)).collect()
+}
+
+/// Publishes these, all of them in hand before the first is settled, and waits until not all of them can be archived.
+fn publish_into_full_archive(engine: &Engine, site: &Site, daemon: &Daemon<'_>, faces: &[Vec<u8>]) {
+    let dir = site.drop_dir("Cam");
+    engine.hold();
     for (n, face) in faces.iter().enumerate() {
-        put(&site.drop_dir("Cam"), &format!("{n}.jpg"), face);
+        put(&dir, &format!("{n}.jpg"), face);
     }
-    engine.until_accepted(6);
-    let samples = until(&daemon, "the archive is full", |it| it.count(ERRORS, "operation=\"remove\"") > 0);
-    assert_eq!(samples.count(PUBLISHED, ""), 6);
-    let rescans = until(&daemon, "and it is said", |it| it.count(UP, "") == 0).count("framegate_rescans_total", "");
-    let samples = until(&daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3);
+    let taken = || (0..faces.len()).all(|n| !dir.join(format!("{n}.jpg")).exists());
+    eventually("they are taken", PATIENCE, || taken().then_some(()));
+    engine.release();
+    engine.until_accepted(faces.len() as u64);
+    until(daemon, "the archive is full, and it is said", |it| {
+        it.count(ERRORS, "operation=\"remove\"") > 0 && it.count(UP, "") == 0
+    });
+}
+
+/// Three more scans.
+fn scans(daemon: &Daemon<'_>) -> Samples {
+    let rescans = daemon.metrics().count("framegate_rescans_total", "");
+    until(daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3)
+}
+
+#[test]
+fn a18_while_the_archive_is_full_nothing_more_is_taken_and_nothing_is_published_twice() {
+    let Some((engine, site, disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let mut daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    let later: Vec<Vec<u8>> = (0..20).map(|n| image(100 + n)).collect();
+    for (n, face) in later.iter().enumerate() {
+        put(&site.drop_dir("Cam"), &format!("later{n}.jpg"), face);
+    }
+    let samples = scans(&daemon);
     assert_eq!(samples.count(UP, ""), 0, "it stays held");
+    assert_eq!((samples.count(PUBLISHED, ""), engine.counts().publish), (6, 6));
+    assert!((0..20).all(|n| site.drop_dir("Cam").join(format!("later{n}.jpg")).exists()), "they wait in their place");
     disk.remount("size=16m");
     daemon.idle(PATIENCE);
-    assert_eq!(nothing_lost(&[&engine], &faces.iter().map(|face| hash(face)).collect::<Vec<_>>()), 0);
-    assert_eq!(files_below(&archive).len(), 6);
+    let all: Vec<Hash> = faces.iter().chain(&later).map(|face| hash(face)).collect();
+    assert_eq!(nothing_lost(&[&engine], &all), 0);
+    assert_eq!(files_below(&site.path().join("archive")).len(), 26);
     until(&daemon, "it delivers again", |it| it.count(UP, "") == 1);
+}
+
+#[test]
+fn a18_a_reload_takes_over_what_could_not_be_archived_and_publishes_none_of_it_again() {
+    let Some((engine, site, _disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let mut daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    let reload = |from: &str, to: &str| {
+        let config = fs::read_to_string(site.config()).unwrap();
+        assert!(config.contains(from));
+        fs::write(site.config(), config.replace(from, to)).unwrap();
+        assert!(site.command(&["reload"]).output().unwrap().status.success());
+    };
+    let errors = daemon.metrics().count(ERRORS, "operation=\"remove\"");
+    let stuck = i64::try_from(site.files_left().len()).unwrap();
+    reload("UTC", "Europe/Paris");
+    until(&daemon, "a last try, then one by the successor", |it| {
+        it.count(ERRORS, "operation=\"remove\"") >= errors + 2 * stuck
+    });
+    put(&site.drop_dir("Cam"), "later.jpg", &image(100));
+    let samples = scans(&daemon);
+    assert_eq!((samples.count(UP, ""), engine.counts().publish), (0, 6));
+    fs::create_dir(site.path().join("other")).unwrap();
+    reload("/archive\"", "/other\"");
+    daemon.idle(PATIENCE);
+    let all: Vec<Hash> = faces.iter().map(|face| hash(face)).chain([hash(&image(100))]).collect();
+    assert_eq!(nothing_lost(&[&engine], &all), 0);
+    let kept = ["archive", "other"].map(|name| files_below(&site.path().join(name)).len());
+    assert_eq!(kept.iter().sum::<usize>(), 7, "{kept:?}");
+}
+
+#[test]
+fn a18_what_could_not_be_archived_is_published_at_most_once_more_after_a_restart() {
+    let Some((engine, site, disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    let stuck = site.files_left().len() as u64;
+    daemon.kill();
+    // Ready before it is held again.
+    engine.hold();
+    let mut daemon = site.run();
+    engine.release();
+    until(&daemon, "it is held again", |it| it.count(ERRORS, "operation=\"remove\"") > 0 && it.count(UP, "") == 0);
+    scans(&daemon);
+    let published = engine.counts().publish;
+    assert!(published <= 6 + stuck, "{published} published, {stuck} were stuck");
+    scans(&daemon);
+    assert_eq!(engine.counts().publish, published, "and none of them again while it runs");
+    disk.remount("size=16m");
+    daemon.idle(PATIENCE);
+    assert!(engine.counts().publish <= 6 + stuck);
+    assert_eq!(arrivals(&[&engine]).len(), 6);
+}
+
+#[test]
+fn a18_what_could_not_be_archived_is_tried_once_more_at_a_stop() {
+    let Some((engine, site, disk)) = archive_without_room("a18") else { return };
+    let faces = six_faces();
+    let daemon = site.run();
+    publish_into_full_archive(&engine, &site, &daemon, &faces);
+    disk.remount("size=16m");
+    assert!(daemon.stop().success());
+    assert_eq!(files_below(&site.path().join("archive")).len(), 6);
+    let mut daemon = site.run();
+    daemon.idle(PATIENCE);
+    assert_eq!(engine.counts().publish, 6);
 }
 
 // ---- A20–A23: file systems that refuse
@@ -873,13 +1015,13 @@ fn a20_on_a_file_system_that_became_read_only_nothing_is_published_in_a_loop_and
     for n in 3..6 {
         put(&dir, &format!("{n}.jpg"), &image(n));
     }
-    let samples = until(&daemon, "more cannot be taken", |it| it.count(ERRORS, "operation=\"claim\"") >= 6);
-    assert_eq!(engine.counts().publish, 3, "what cannot be taken is not published");
+    let samples = until(&daemon, "two more rounds of it", |it| it.count(ERRORS, "operation=\"remove\"") >= 9);
+    assert_eq!(samples.count(ERRORS, "operation=\"claim\""), 0, "no more are taken");
+    assert!((3..6).all(|n| dir.join(format!("{n}.jpg")).exists()), "they wait in their place");
+    assert_eq!(engine.counts().publish, 3);
     assert_eq!(samples.count(UP, ""), 0);
     let (status, reasons) = daemon.get("/readyz").unwrap();
     assert!(status == 503 && reasons.contains("Cam"), "{status} {reasons}");
-    until(&daemon, "two rounds of it", |it| it.count(ERRORS, "operation=\"remove\"") >= 6);
-    assert_eq!(engine.counts().publish, 3);
     drop(strace);
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &(0..6).map(|n| hash(&image(n))).collect::<Vec<_>>()), 0);
@@ -887,8 +1029,10 @@ fn a20_on_a_file_system_that_became_read_only_nothing_is_published_in_a_loop_and
     until(&daemon, "it delivers again", |it| it.count(UP, "") == 1);
 }
 
-/// The daemon as `nobody`, who owns the site.
-fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
+const NOBODY: u32 = 65534;
+
+/// `framegate run` as `nobody`, who owns the site by then.
+fn as_nobody(site: &Site) -> Option<Command> {
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
     if !works("setpriv", &[nobody.as_slice(), &[env!("CARGO_BIN_EXE_framegate"), "--version"]].concat()) {
         return None;
@@ -900,7 +1044,11 @@ fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
     let run = site.command(&["run"]);
     let mut command = Command::new("setpriv");
     command.args(nobody).arg(run.get_program()).args(run.get_args());
-    Some(site.start_as(command).until_ready())
+    Some(command)
+}
+
+fn unprivileged(site: &Site) -> Option<Daemon<'_>> {
+    Some(site.start_as(as_nobody(site)?).until_ready())
 }
 
 #[test]
@@ -918,10 +1066,42 @@ fn a21_a_file_that_may_not_be_read_is_refused_and_published_once_it_may() {
     let rescans = samples.count("framegate_rescans_total", "");
     let samples = until(&daemon, "three scans", |it| it.count("framegate_rescans_total", "") >= rescans + 3);
     assert_eq!(samples.count(REFUSED, ""), 1, "counted once");
+    assert_eq!((samples.count(DROPPED, ""), samples.count(RETURNED, "")), (0, 1), "it is still there");
     samples.equation_holds().unwrap();
     fs::set_permissions(dir.join("x.jpg"), Permissions::from_mode(0o644)).unwrap();
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
+}
+
+#[test]
+fn a21_a_sub_directory_that_may_not_be_looked_into_is_refused_once_and_served_once_it_may() {
+    let engine = Engine::start();
+    let site = site(&engine, QUICK);
+    let dir = site.drop_dir("Cam");
+    let Some(mut daemon) = unprivileged(&site) else { return skipped("a21", "no other user to run as") };
+    // One that cannot be listed, and one whose files cannot be looked at.
+    for (name, mode) in [("list", 0o700), ("look", 0o744)] {
+        fs::create_dir(dir.join(name)).unwrap();
+        fs::write(dir.join(name).join(".x"), image(1)).unwrap();
+        fs::set_permissions(dir.join(name), Permissions::from_mode(mode)).unwrap();
+        fs::rename(dir.join(name).join(".x"), dir.join(name).join("x.jpg")).unwrap();
+    }
+    put(&dir, "good.jpg", &image(2));
+    engine.until_accepted(1);
+    until(&daemon, "both are refused", |it| it.count(REFUSED, &reason("unreadable")) == 2);
+    let samples = scans(&daemon);
+    assert_eq!(samples.count(REFUSED, ""), 2, "counted once each");
+    assert_eq!(
+        site.log().matches("may not look into it").count(),
+        2,
+        "said once each, with the remedy: {}",
+        site.log()
+    );
+    for name in ["list", "look"] {
+        chown(dir.join(name), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    engine.until_accepted(3);
+    daemon.idle(PATIENCE);
 }
 
 #[test]
@@ -933,7 +1113,7 @@ fn a21_a_directory_that_files_may_not_be_taken_from_holds_its_detector_and_publi
     engine.hold();
     put(&dir, "in flight.jpg", &image(1));
     eventually("it is in flight", PATIENCE, || (engine.counts().in_flight == 1).then_some(()));
-    std::os::unix::fs::chown(&dir, Some(0), Some(0)).unwrap();
+    chown(&dir, Some(0), Some(0)).unwrap();
     put(&dir, "x.jpg", &image(2));
     engine.release();
     engine.until_accepted(1);
@@ -941,27 +1121,27 @@ fn a21_a_directory_that_files_may_not_be_taken_from_holds_its_detector_and_publi
     assert_eq!(samples.count(UP, ""), 0);
     assert_eq!(engine.counts().publish, 1);
     assert!(site.log().contains("owner"), "what to do is said");
-    assert!(site.log().matches("detector held").count() < 4, "it is not said again and again: {}", site.log());
-    std::os::unix::fs::chown(&dir, Some(65534), Some(65534)).unwrap();
+    let samples = scans(&daemon);
+    assert_eq!(samples.count(UP, ""), 0, "a scan that goes well does not mend it");
+    assert_eq!(site.log().matches("detector held").count(), 1, "it is not said again and again: {}", site.log());
+    chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
     // The same at the start: it waits, says so, and begins by itself.
     assert!(daemon.stop().success());
-    std::os::unix::fs::chown(&dir, Some(0), Some(0)).unwrap();
+    let again = as_nobody(&site).expect("as before");
+    chown(&dir, Some(0), Some(0)).unwrap();
     put(&dir, "y.jpg", &image(3));
-    let run = site.command(&["run"]);
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(run.get_program()).args(run.get_args());
-    let daemon = site.start_as(command);
     let before = site.log().matches("detector held").count();
-    eventually("it says so", PATIENCE, || (site.log().matches("detector held").count() > before.min(1)).then_some(()));
-    std::os::unix::fs::chown(&dir, Some(65534), Some(65534)).unwrap();
+    let daemon = site.start_as(again);
+    eventually("it says so", PATIENCE, || (site.log().matches("detector held").count() > before).then_some(()));
+    chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
     engine.until_accepted(3);
     daemon.until_ready().idle(PATIENCE);
 }
 
 #[test]
-fn a22_read_errors_are_tried_again() {
+fn a22_a_file_that_cannot_be_read_is_named_and_tried_again_and_delays_nothing_else() {
     let engine = Engine::start();
     let site = site(&engine, PATIENT);
     let dir = site.drop_dir("Cam");
@@ -971,17 +1151,48 @@ fn a22_read_errors_are_tried_again() {
     let Some(strace) = Strace::attach(
         daemon.pid(),
         &trace,
-        &["-y", "-P", &watched, "-e", "trace=read,pread64", "-e", "inject=read,pread64:error=EIO:when=1..2"],
+        &["-y", "-P", &watched, "-e", "trace=read,pread64", "-e", "inject=read,pread64:error=EIO"],
     ) else {
         return skipped("a22", "strace cannot attach");
     };
     put(&dir, "x.jpg", &image(1));
-    until(&daemon, "reading failed", |it| it.count(ERRORS, "operation=\"claim\"") >= 1);
+    until(&daemon, "reading failed", |it| it.count(ERRORS, "operation=\"read\"") >= 1);
     assert!(strace.trace().contains("INJECTED"), "{}", strace.trace());
+    put(&dir, "y.jpg", &image(2));
     engine.until_accepted(1);
+    let samples = until(&daemon, "it is tried again", |it| it.count(ERRORS, "operation=\"read\"") >= 3);
+    assert_eq!(samples.count(UP, ""), 1, "one bad file does not hold its detector");
+    assert!(!site.log().contains("detector held"), "{}", site.log());
+    let said = site.log();
+    let said = said.lines().find(|line| line.contains("cannot be read")).expect("it is said");
+    assert!(said.contains("Cam") && said.contains("x.jpg"), "{said}");
     drop(strace);
+    engine.until_accepted(2);
     daemon.idle(PATIENCE);
-    assert_eq!(nothing_lost(&[&engine], &[hash(&image(1))]), 0);
+    assert_eq!(nothing_lost(&[&engine], &[1, 2].map(|n| hash(&image(n)))), 0);
+}
+
+#[test]
+fn a20_a_passing_trouble_with_taking_holds_the_detector_as_long_as_it_lasts_and_not_until_the_next_scan() {
+    let engine = Engine::start();
+    let site = site(&engine, BY_EVENT);
+    let dir = site.drop_dir("Cam");
+    let mut daemon = site.run();
+    put(&dir, "first.jpg", &image(1));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    let trace = site.path().join("trace");
+    let Some(strace) = Strace::attach(daemon.pid(), &trace, &["-e", "inject=renameat2:error=EROFS"]) else {
+        return skipped("a20", "strace cannot attach");
+    };
+    put(&dir, "x.jpg", &image(2));
+    let samples = until(&daemon, "it cannot be taken", |it| it.count(ERRORS, "operation=\"claim\"") >= 4);
+    assert_eq!(samples.count(UP, ""), 0);
+    drop(strace);
+    engine.until_accepted(2);
+    until(&daemon, "it delivers again", |it| it.count(UP, "") == 1);
+    assert_eq!(site.log().matches("detector held").count(), 1, "{}", site.log());
+    daemon.idle(PATIENCE);
 }
 
 #[test]
@@ -1338,6 +1549,30 @@ fn frames_that_are_too_old_to_matter_are_dropped_and_counted() {
     let samples = daemon.idle(PATIENCE);
     assert_eq!(samples.count(DROPPED, &reason("max-age")), 10);
     assert_eq!(nothing_lost(&[&engine], &[hash(&image(10))]), 0);
+}
+
+#[test]
+fn a_detector_that_a_reload_replaces_counts_no_waiting_file_twice() {
+    const FILES: i64 = 200;
+    let engine = Engine::start();
+    let site = site(&engine, QUICK);
+    let mut daemon = site.run();
+    engine.hold();
+    for n in 0..FILES.unsigned_abs() {
+        put(&site.drop_dir("Cam"), &format!("{n}.jpg"), &image(n));
+    }
+    until(&daemon, "all wait", |it| it.count(PENDING, "") == FILES);
+    let config = fs::read_to_string(site.config()).unwrap();
+    fs::write(site.config(), config.replace("UTC", "Europe/Paris")).unwrap();
+    assert!(site.command(&["reload"]).output().unwrap().status.success());
+    // The one that goes keeps what is in its hands, the one that comes finds the rest.
+    let samples = until(&daemon, "all are received again", |it| {
+        it.count(RECEIVED, "") > FILES && it.count(RECEIVED, "") - it.count(RETURNED, "") == FILES
+    });
+    assert_eq!(samples.count(PENDING, ""), FILES);
+    engine.release();
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &(0..FILES.unsigned_abs()).map(|n| hash(&image(n))).collect::<Vec<_>>()), 0);
 }
 
 /// One attempt at a time, so that the order of the engine is that of the queue.

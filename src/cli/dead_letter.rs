@@ -12,6 +12,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use jiff::Timestamp;
 
+use crate::config::Settings;
+use crate::control::{self, Request};
 use crate::frame::FrameId;
 use crate::settle::Reason;
 use crate::settle::dead_letter::{DeadLetter, Filter, Listed, Retried, Store, shown};
@@ -88,12 +90,21 @@ pub(super) struct Which {
     pub newer_than: Option<Duration>,
 }
 
-/// Does it with the dead letters in `directory` (`dead_letter.directory` of the configuration).
-pub(super) fn run(args: &Args, directory: &Path) -> anyhow::Result<ExitCode> {
+/// Does it with the dead letters in `dead_letter.directory`. A running daemon is told where some have gone, for its metrics.
+pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<ExitCode> {
+    let directory = &settings.dead_letter.directory;
     let input = io::stdin();
     let asks = input.is_terminal();
     let mut terminal = Terminal { output: &mut io::stdout().lock(), input: asks.then(|| input.lock()) };
-    match act(&args.command, &Store::at(directory), &mut terminal) {
+    let max_frame = settings.encode.max_frame.as_u64();
+    let done = act(&args.command, &Store::at(directory), max_frame, &mut terminal);
+    if matches!(args.command, Command::Retry { .. } | Command::Purge { .. })
+        && let Err(error) = control::ask(&settings.admin.control, &Request::CountDeadLetters)
+    {
+        // Nobody's count can be wrong, or it is right again within a minute.
+        tracing::debug!("no daemon was told: {error:#}");
+    }
+    match done {
         // `| head` has seen enough.
         Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
             Ok(ExitCode::SUCCESS)
@@ -111,6 +122,7 @@ struct Terminal<'a, W, R> {
 fn act<W: Write, R: io::BufRead>(
     command: &Command,
     store: &Store,
+    max_frame: u64,
     terminal: &mut Terminal<'_, W, R>,
 ) -> anyhow::Result<ExitCode> {
     match command {
@@ -118,7 +130,7 @@ fn act<W: Write, R: io::BufRead>(
         Command::Show { id, image } => show(store, id, image.as_deref(), terminal.output),
         Command::Retry { which, all } => {
             which.chosen(*all)?;
-            retry(store, which, terminal.output)
+            retry(store, which, max_frame, terminal.output)
         }
         Command::Purge { which, all, yes } => {
             which.chosen(*all)?;
@@ -187,8 +199,8 @@ fn show(store: &Store, id: &FrameId, image: Option<&Path>, output: &mut impl Wri
     Ok(ExitCode::SUCCESS)
 }
 
-/// Damaged ones are named and left: there is nothing whole to publish.
-fn retry(store: &Store, which: &Which, output: &mut impl Write) -> anyhow::Result<ExitCode> {
+/// Damaged ones are named and left: there is nothing whole to publish. So are those that `encode.max_frame` keeps out.
+fn retry(store: &Store, which: &Which, max_frame: u64, output: &mut impl Write) -> anyhow::Result<ExitCode> {
     let mut code = which.unknown(store, output)?;
     let line = store.retry_line();
     let mut moved = 0u64;
@@ -200,6 +212,14 @@ fn retry(store: &Store, which: &Which, output: &mut impl Write) -> anyhow::Resul
         {
             code = ExitCode::FAILURE;
             writeln!(output, "{id}: left alone, it is damaged: {problem}")?;
+            continue;
+        }
+        if let Listed::Sound(letter) = &listed
+            && letter.image_bytes > max_frame
+        {
+            code = ExitCode::FAILURE;
+            let size = letter.image_bytes;
+            writeln!(output, "{id}: left alone, its {size} bytes are more than encode.max_frame ({max_frame})")?;
             continue;
         }
         match store.retry(id).with_context(|| format!("{id}: cannot be retried"))? {
@@ -296,6 +316,8 @@ mod tests {
     use crate::settle::dead_letter::tests::{frame, open, refusal};
     use clap::Parser as _;
 
+    const MAX_FRAME: u64 = 1000;
+
     #[derive(clap::Parser)]
     struct Cli {
         #[command(flatten)]
@@ -310,7 +332,7 @@ mod tests {
         };
         let mut output = Vec::new();
         let mut terminal = Terminal { output: &mut output, input: answer.map(str::as_bytes) };
-        let done = act(&cli.args.command, &Store::at(directory), &mut terminal);
+        let done = act(&cli.args.command, &Store::at(directory), MAX_FRAME, &mut terminal);
         let text = String::from_utf8(output).unwrap();
         match done {
             Ok(code) => (text, code == ExitCode::SUCCESS),
@@ -370,6 +392,17 @@ mod tests {
         let (text, ok) = said(dir.path(), &["retry", &unknown, &id], None);
         assert!(!ok && text.contains("no such dead letter") && text.contains("1 in line"), "{text}");
         assert_eq!(Store::at(dir.path()).retry_line().ids().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn one_that_is_too_large_is_not_retried() {
+        let dir = tempfile::tempdir().unwrap();
+        let frame = frame();
+        let image = vec![0; usize::try_from(MAX_FRAME).unwrap() + 1];
+        open(dir.path()).0.keep(&frame, &image, &refusal(Reason::TooLarge)).unwrap();
+        let (text, ok) = said(dir.path(), &["retry", "--all"], None);
+        assert!(!ok && text.contains("encode.max_frame") && text.contains("0 in line"), "{text}");
+        assert_eq!(said(dir.path(), &["list"], None).0.lines().count(), 2);
     }
 
     #[test]

@@ -184,14 +184,13 @@ fn daemon(loaded: &Loaded, lines: &mut Vec<Line>) {
                 "mend what is said above about its directory",
             ));
         }
-        if source.silent {
-            let found = "no frame for longer than its silence_alarm";
-            lines.push(Line::warn(
-                format!("detector {}", source.name),
-                found,
-                "look whether its camera runs and writes here",
-            ));
-        }
+    }
+    for detector in status.detectors.iter().filter(|detector| detector.counts.silent) {
+        lines.push(Line::warn(
+            format!("detector {}", detector.name),
+            "no frame for longer than its silence_alarm",
+            "look whether its camera runs and writes here",
+        ));
     }
     if status.dead_letters > 0 {
         let found = format!("{} are kept", status.dead_letters);

@@ -1,6 +1,7 @@
 //! `framegate publish`: publishes files and directories by hand through the same encoder and publisher as the daemon.
 //! The files stay where they are.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
@@ -23,12 +24,19 @@ use crate::encode::{Encoded, Encoder};
 use crate::frame::{Detector, Frame, FrameId, SourceKind};
 use crate::log;
 use crate::metrics::Metrics;
-use crate::publish::{Outcome, Publisher};
+use crate::publish::{EngineStatus, Outcome, Publisher, State};
 use crate::queue::Taken;
 use crate::settle::Receipt;
 
-/// Without one acceptance for this long, the rest is given up: somebody is waiting at the terminal.
+/// Without one acceptance for this long, the rest is given up even if the trouble may pass: somebody is waiting at the terminal.
 const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
+/// How often it is looked at whether the trouble is one that passes.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Files in hand at least, even if the engine is asked one by one: more than the publisher needs to tell a few bad files from an
+/// engine that refuses everything.
+const IN_HAND_MIN: usize = 10;
+/// Open files besides the engine's connections: standard streams, the runtime, the images being read.
+const OPEN_FILES_RESERVED: u64 = 16;
 /// Failures that are listed one by one; the others are only counted.
 const LISTED_MAX: usize = 20;
 
@@ -117,29 +125,36 @@ async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<Pa
     let metrics = Metrics::new();
     let max_frame = settings.encode.max_frame.as_u64();
     let encoder = Encoder::start(settings.encode.workers, max_frame, metrics.clone());
-    let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &settings.publish, metrics)?;
+    let publish = settings.publish.fitting(OPEN_FILES_RESERVED);
+    let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &publish, metrics)?;
     let background = CancellationToken::new();
     let bar = progress_bar(files.len() as u64);
     let (total, started) = (files.len(), Instant::now());
     let mut failed: Vec<(PathBuf, String)> = Vec::new();
 
     let work = async {
-        let at_once = settings.publish.max_in_flight + 2;
+        let at_once = publish.max_in_flight.max(IN_HAND_MIN) + 2;
+        let preparing = Cell::new(0);
         let mut results = futures_util::stream::iter(files)
             .map(|path| async {
-                let result = publish_one(&encoder, &publisher, &detector, &path, max_frame).await;
+                let result = publish_one(&encoder, &publisher, &detector, &path, max_frame, &preparing).await;
                 (path, result)
             })
             .buffer_unordered(at_once);
         let mut progress = Instant::now();
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut given_up = false;
         loop {
             let next = tokio::select! {
                 next = results.next() => next,
                 _ = tokio::signal::ctrl_c() => { publisher.stop(); continue }
-                () = tokio::time::sleep_until(progress + GIVE_UP_AFTER) => {
-                    bar.suspend(|| tracing::error!("nothing accepted for {GIVE_UP_AFTER:?}; giving up on the rest"));
-                    publisher.stop();
-                    progress = Instant::now() + GIVE_UP_AFTER;
+                _ = look.tick(), if !given_up => {
+                    let stuck = preparing.get() == 0 && publisher.is_stuck();
+                    if stuck || progress.elapsed() >= GIVE_UP_AFTER {
+                        given_up = true;
+                        bar.suspend(|| tracing::error!("giving up on the rest: {}", why(&publisher.status(), stuck)));
+                        publisher.stop();
+                    }
                     continue
                 }
             };
@@ -160,12 +175,23 @@ async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<Pa
     summary(total, started.elapsed(), &failed)
 }
 
+/// Why the rest is given up.
+fn why(status: &EngineStatus, stuck: bool) -> String {
+    match (status.state, stuck) {
+        (State::Open, true) => "the engine refuses each of them, and there is no other to compare them with".to_owned(),
+        (State::Open, false) => format!("nothing was accepted for {} s", GIVE_UP_AFTER.as_secs()),
+        (_, _) => format!("engine {}", status.describe()),
+    }
+}
+
+/// `preparing` counts those that are read and encoded: the publisher does not know them yet.
 async fn publish_one(
     encoder: &Encoder,
     publisher: &Publisher,
     detector: &Arc<Detector>,
     path: &Path,
     max_frame: u64,
+    preparing: &Cell<usize>,
 ) -> Result<(), String> {
     let (detector, owned) = (detector.clone(), path.to_owned());
     let (tell, told) = std::sync::mpsc::sync_channel(1);
@@ -177,7 +203,10 @@ async fn publish_one(
             Taken::Gone
         }
     });
-    match encoder.encode(take).await {
+    preparing.set(preparing.get() + 1);
+    let encoded = encoder.encode(take).await;
+    preparing.set(preparing.get() - 1);
+    match encoded {
         Encoded::Gone => Err(told.try_recv().unwrap_or_else(|_| "could not be read".into())),
         Encoded::Flawed { refusal, receipt, .. } => {
             drop(receipt);
@@ -189,9 +218,23 @@ async fn publish_one(
             match outcome {
                 Outcome::Accepted => Ok(()),
                 Outcome::Refused(refusal) => Err(format!("{}: {}", refusal.reason, refusal.message)),
-                Outcome::Released => Err(format!("not accepted: engine {}", publisher.status().describe())),
+                Outcome::Released { said } => Err(left(&publisher.status(), said)),
             }
         }
+    }
+}
+
+/// Why a file was left: the engine's state says most; else what it said to this file.
+fn left(status: &EngineStatus, said: Option<String>) -> String {
+    match status.state {
+        State::Open => said.unwrap_or_else(|| "not tried".to_owned()),
+        State::Unreachable
+        | State::Credentials
+        | State::Forbidden
+        | State::Rejecting
+        | State::UnexpectedAnswer
+        | State::Throttled
+        | State::Failing => status.describe(),
     }
 }
 

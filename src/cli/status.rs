@@ -49,17 +49,14 @@ fn describe(status: &Status) -> String {
         if let Some(why) = &source.held {
             line(format_args!("held: {} ({}): {why}", source.name, source.path.display()));
         }
-        if source.silent {
-            line(format_args!(
-                "silent: {} ({}) has sent nothing for longer than its silence_alarm",
-                source.name,
-                source.path.display()
-            ));
-        }
+    }
+    for detector in status.detectors.iter().filter(|detector| detector.counts.silent) {
+        let name = detector.name.escape_debug();
+        line(format_args!("silent: {name} has sent nothing for longer than its silence_alarm"));
     }
     line(format_args!(
-        "\n{:<28} {:>10} {:>10} {:>8} {:>8} {:>8}  last frame",
-        "detector", "received", "published", "pending", "dead", "dropped"
+        "\n{:<28} {:>10} {:>10} {:>8} {:>8} {:>8} {:>8}  last frame",
+        "detector", "received", "published", "per s", "pending", "dead", "dropped"
     ));
     for detector in &status.detectors {
         let counts = &detector.counts;
@@ -68,10 +65,11 @@ fn describe(status: &Status) -> String {
             .and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok())
             .map_or_else(|| "never".into(), |at| at.strftime("%F %T UTC").to_string());
         line(format_args!(
-            "{:<28} {:>10} {:>10} {:>8} {:>8} {:>8}  {last}",
+            "{:<28} {:>10} {:>10} {:>8.1} {:>8} {:>8} {:>8}  {last}",
             detector.name.escape_debug().to_string(),
             counts.received,
             counts.published,
+            detector.rate,
             counts.pending,
             counts.dead_lettered,
             counts.dropped

@@ -5,8 +5,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use hyper::body::{Body as HttpBody, Frame as BodyFrame, SizeHint};
 use reqwest::{Method, Url};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use super::tls;
 use super::verdict::{Reply, SendError, bounded};
@@ -26,6 +27,9 @@ use super::verdict::{Reply, SendError, bounded};
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// Idle connections are closed by us before servers do it (5 s is common), so that a frame is not sent into a closing one.
 const IDLE_MAX: Duration = Duration::from_secs(4);
+/// A connection gets no new request after this time, and its successor asks for the engine's address again: else one that is never idle
+/// would stay with a server that the name has moved away from.
+const CONNECTION_AGE_MAX: Duration = Duration::from_secs(30);
 /// Between signs of life on an idle connection.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
 
@@ -91,7 +95,7 @@ pub struct Secrets {
 /// One client with its connections.
 #[derive(Clone)]
 pub(super) struct Client {
-    http: reqwest::Client,
+    connections: Arc<Connections>,
     timeout: Duration,
     publish: Url,
     authenticate: Url,
@@ -102,31 +106,9 @@ impl Client {
     pub(super) fn new(config: &Config, max_in_flight: usize) -> anyhow::Result<Self> {
         let base = base_url(&config.base_url)?;
         let https = base.scheme() == "https";
-        let mut builder = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls::client_config(config, https)?)
-            .user_agent(concat!("framegate/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .no_proxy()
-            .connect_timeout(config.connect_timeout)
-            .pool_idle_timeout(IDLE_MAX)
-            .pool_max_idle_per_host(max_in_flight.max(1))
-            .tcp_nodelay(true)
-            .tcp_keepalive(TCP_KEEPALIVE)
-            // A half-open connection is noticed as soon as a new one would fail.
-            .tcp_user_timeout(config.connect_timeout);
-        if let Some(proxy) = &config.proxy {
-            let proxy = reqwest::Proxy::all(proxy).context("engine.proxy is no URL of a proxy")?;
-            builder = builder.proxy(proxy);
-        }
-        builder = match (config.http2, https) {
-            (false, _) => builder.http1_only(),
-            (true, true) => builder,
-            (true, false) => builder.http2_prior_knowledge(),
-        };
+        let connections = Connections::new(config, tls::client_config(config, https)?, https, max_in_flight)?;
         Ok(Self {
-            http: builder.build().map_err(reqwest::Error::without_url).context("cannot set up the HTTP client")?,
+            connections: Arc::new(connections),
             timeout: config.timeout,
             publish: join(&base, "api/v1/faceEdge/publish"),
             authenticate: join(&base, "api/v1/authenticate"),
@@ -164,12 +146,12 @@ impl Client {
         if let Some(value) = authorization {
             headers.insert(AUTHORIZATION, value);
         }
-        let mut request = self.http.request(method, url.clone());
+        let mut request = self.connections.young().request(method, url.clone());
         if let Some(bytes) = body {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
             request = request.body(reqwest::Body::wrap(Sent { bytes: Some(bytes), sent: sent.clone() }));
         }
-        let deadline = tokio::time::Instant::now() + self.timeout;
+        let deadline = Instant::now() + self.timeout;
         let has_left = || sent.load(Ordering::Relaxed);
         let response = match tokio::time::timeout_at(deadline, request.headers(headers).send()).await {
             Ok(Ok(response)) => response,
@@ -184,6 +166,67 @@ impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Client({})", self.publish)
     }
+}
+
+/// The HTTP client with its pool, replaced before its connections get old: reqwest knows no greatest age. What is in flight ends on the
+/// old one, which closes its connections then. TLS sessions are resumed, files not read again.
+struct Connections {
+    config: Config,
+    tls: rustls::ClientConfig,
+    https: bool,
+    max_in_flight: usize,
+    current: Mutex<(reqwest::Client, Instant)>,
+}
+
+impl Connections {
+    fn new(config: &Config, tls: rustls::ClientConfig, https: bool, max_in_flight: usize) -> anyhow::Result<Self> {
+        let http = build(config, tls.clone(), https, max_in_flight)?;
+        Ok(Self { config: config.clone(), tls, https, max_in_flight, current: Mutex::new((http, Instant::now())) })
+    }
+
+    fn young(&self) -> reqwest::Client {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.1.elapsed() >= CONNECTION_AGE_MAX {
+            // The same could be built before; should it fail all the same, the old one goes on.
+            if let Ok(http) = build(&self.config, self.tls.clone(), self.https, self.max_in_flight) {
+                current.0 = http;
+            }
+            current.1 = Instant::now();
+        }
+        current.0.clone()
+    }
+}
+
+fn build(
+    config: &Config,
+    tls: rustls::ClientConfig,
+    https: bool,
+    max_in_flight: usize,
+) -> anyhow::Result<reqwest::Client> {
+    let mut builder = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .user_agent(concat!("framegate/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .referer(false)
+        .no_proxy()
+        .connect_timeout(config.connect_timeout)
+        .pool_idle_timeout(IDLE_MAX)
+        .pool_max_idle_per_host(max_in_flight.max(1))
+        .tcp_nodelay(true)
+        .tcp_keepalive(TCP_KEEPALIVE)
+        // A half-open connection is noticed as soon as a new one would fail.
+        .tcp_user_timeout(config.connect_timeout);
+    if let Some(proxy) = &config.proxy {
+        let proxy = reqwest::Proxy::all(proxy).context("engine.proxy is no URL of a proxy")?;
+        builder = builder.proxy(proxy);
+    }
+    builder = match (config.http2, https) {
+        (false, _) => builder.http1_only(),
+        (true, true) => builder,
+        (true, false) => builder.http2_prior_knowledge(),
+    };
+    builder.build().map_err(reqwest::Error::without_url).context("cannot set up the HTTP client")
 }
 
 /// The base URL, checked; a path prefix ends in `/` so that joins keep it.
@@ -212,7 +255,7 @@ fn join(base: &Url, path: &str) -> Url {
 }
 
 /// The status counts even if the rest of the answer gets lost, except for a 200: what it means is in the body.
-async fn read(mut response: reqwest::Response, deadline: tokio::time::Instant) -> Result<Reply, SendError> {
+async fn read(mut response: reqwest::Response, deadline: Instant) -> Result<Reply, SendError> {
     let status = response.status().as_u16();
     let header = |name| response.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let retry_after = header(RETRY_AFTER).map(str::to_owned);
@@ -239,7 +282,7 @@ async fn read(mut response: reqwest::Response, deadline: tokio::time::Instant) -
 fn classify(error: reqwest::Error, sent: bool) -> SendError {
     let (connect, dns, timeout) = (error.is_connect(), error.is_dns(), error.is_timeout());
     let error = error.without_url();
-    let (mut what, mut certificate, mut tls) = (error.to_string(), false, false);
+    let (mut what, mut certificate, mut tls, mut refused) = (error.to_string(), false, false, false);
     let mut cause = error.source();
     while let Some(inner) = cause {
         what = inner.to_string();
@@ -249,10 +292,12 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
             certificate =
                 matches!(inner, rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented);
         }
+        refused |= inner.downcast_ref::<h2::Error>().is_some_and(is_unread);
         cause = inner.source();
     }
     let what = bounded(&what);
     match (connect, tls, sent) {
+        _ if refused => SendError::Refused(what),
         (true, true, _) if certificate => SendError::Certificate(what),
         (true, true, _) => SendError::Tls(what),
         (true, false, _) if dns => SendError::Dns(what),
@@ -260,6 +305,11 @@ fn classify(error: reqwest::Error, sent: bool) -> SendError {
         (false, ..) if timeout => SendError::Timeout { sent },
         (false, ..) => SendError::Reset { sent, what },
     }
+}
+
+/// Whether the server said that it has not looked at the stream (RFC 9113, 6.8 and 8.7).
+fn is_unread(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// An I/O error hides what it wraps from `source`, and may wrap another one.

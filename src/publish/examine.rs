@@ -119,6 +119,7 @@ async fn login(config: &engine::Config, secrets: Secrets) -> Result<Login, Verdi
         | Verdict::ServerError { .. }
         | Verdict::Transient { .. }
         | Verdict::NotOurEngine(_)
+        | Verdict::Unread(_)
         | Verdict::Unreachable(_)
         | Verdict::Ambiguous(_)) => Err(other),
     }
@@ -140,6 +141,8 @@ fn in_words(verdict: &Verdict) -> (State, String) {
         Verdict::ServerError { status, message } => (State::Failing, format!("{status}: {message}")),
         Verdict::Transient { status, message, .. } => (State::Throttled, format!("{status}: {message}")),
         Verdict::NotOurEngine(what) => (State::UnexpectedAnswer, what.clone()),
-        Verdict::Unreachable(what) | Verdict::Ambiguous(what) => (State::Unreachable, what.clone()),
+        Verdict::Unread(what) | Verdict::Unreachable(what) | Verdict::Ambiguous(what) => {
+            (State::Unreachable, what.clone())
+        }
     }
 }

@@ -150,6 +150,12 @@ impl Clock for Watch {
     }
 }
 
+/// The ceiling that leaves `others` of `open_files` (`None`: no limit); at least one, or nothing would ever be published.
+pub(super) fn fitting(max: usize, open_files: Option<u64>, others: u64) -> usize {
+    let left = open_files.map_or(u64::MAX, |limit| limit.saturating_sub(others));
+    max.min(usize::try_from(left).unwrap_or(usize::MAX)).max(1)
+}
+
 /// How many attempts may be in flight: doubles each round trip at first, then grows by one, shrinks on errors and when latency
 /// inflates. It looks only at rounds in which the limit was used up.
 #[derive(Clone, Debug)]
@@ -290,6 +296,15 @@ mod tests {
             limit.take(now);
         }
         assert_eq!(RateLimit::new(f64::MAX, 0).wait(now), None);
+    }
+
+    #[test]
+    fn a28_the_ceiling_leaves_the_files_that_others_need() {
+        assert_eq!(fitting(64, Some(1024), 30), 64);
+        assert_eq!(fitting(64, Some(40), 30), 10);
+        assert_eq!(fitting(64, Some(30), 30), 1);
+        assert_eq!(fitting(64, Some(8), 30), 1);
+        assert_eq!(fitting(64, None, 30), 64);
     }
 
     proptest! {

@@ -1,5 +1,5 @@
 //! The token: getting one (file, renewal, login) and knowing when to renew it. Times are measured on the monotonic clock from
-//! the moment of receipt, so a wrong wall clock hurts nothing. Not here: when one is needed (that is `state`).
+//! the moment of receipt, so a wrong wall clock hurts nothing. Not here: when one is needed (that is `line`).
 
 use std::fmt;
 use std::path::Path;
@@ -237,7 +237,7 @@ fn judge_token(result: &Result<Reply, SendError>, password: Option<&Secret>) -> 
         Verdict::Forbidden { status, message } | Verdict::Rejected { status, message } => {
             Verdict::Credentials(masked(&format!("the login was refused ({status}): {message}")))
         }
-        Verdict::Ambiguous(what) => Verdict::Unreachable(format!("at the login: {what}")),
+        Verdict::Ambiguous(what) | Verdict::Unread(what) => Verdict::Unreachable(format!("at the login: {what}")),
         Verdict::ServerError { status, message } => Verdict::ServerError { status, message: masked(&message) },
         Verdict::Transient { status, retry_after, message } => {
             Verdict::Transient { status, retry_after, message: masked(&message) }

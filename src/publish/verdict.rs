@@ -1,4 +1,4 @@
-//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `state`).
+//! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `line`).
 
 use std::time::{Duration, SystemTime};
 
@@ -40,6 +40,8 @@ pub(super) enum SendError {
     Timeout {
         sent: bool,
     },
+    /// The server said that it has not looked at the request (HTTP/2: a refused stream, or one after its GOAWAY).
+    Refused(String),
     /// The connection broke.
     Reset {
         sent: bool,
@@ -66,6 +68,8 @@ pub(super) enum Verdict {
     Transient { status: u16, retry_after: Option<Duration>, message: String },
     /// Somebody else answered: a portal, a proxy, the wrong server or certificate.
     NotOurEngine(String),
+    /// The server is there and has not looked at the request: it may be sent again.
+    Unread(String),
     /// Nobody answered, and nothing was sent.
     Unreachable(String),
     /// Something was sent and no answer came: the engine may have the frame.
@@ -84,8 +88,30 @@ impl Verdict {
             Verdict::ServerError { .. } => "server-error",
             Verdict::Transient { .. } => "transient",
             Verdict::NotOurEngine(_) => "unexpected-answer",
+            Verdict::Unread(_) => "unread",
             Verdict::Unreachable(_) => "unreachable",
             Verdict::Ambiguous(_) => "ambiguous",
+        }
+    }
+
+    /// What was said, for people: the reason first, in one bounded line.
+    pub(super) fn said(&self) -> String {
+        let reason = self.reason();
+        match self {
+            Verdict::Accepted => reason.to_owned(),
+            Verdict::Token => format!("{reason}: status 401"),
+            Verdict::Forbidden { status, message }
+            | Verdict::Rejected { status, message }
+            | Verdict::ServerError { status, message }
+            | Verdict::Transient { status, message, .. } => {
+                let colon = if message.is_empty() { "" } else { ": " };
+                format!("{reason}: status {status}{colon}{message}")
+            }
+            Verdict::Credentials(what)
+            | Verdict::NotOurEngine(what)
+            | Verdict::Unread(what)
+            | Verdict::Unreachable(what)
+            | Verdict::Ambiguous(what) => format!("{reason}: {what}"),
         }
     }
 }
@@ -100,6 +126,7 @@ pub(super) fn judge(result: &Result<Reply, SendError>, now: SystemTime) -> Verdi
         Err(SendError::Certificate(what)) => Verdict::NotOurEngine(format!("the certificate was refused: {what}")),
         Err(SendError::Timeout { sent: false }) => Verdict::Unreachable("no connection before the deadline".into()),
         Err(SendError::Timeout { sent: true }) => Verdict::Ambiguous("no answer before the deadline".into()),
+        Err(SendError::Refused(what)) => Verdict::Unread(format!("the server did not take the request: {what}")),
         Err(SendError::Reset { sent: false, what }) => Verdict::Unreachable(format!("the connection broke: {what}")),
         Err(SendError::Reset { sent: true, what }) => {
             Verdict::Ambiguous(format!("the connection broke before the answer: {what}"))
@@ -125,6 +152,8 @@ fn judge_reply(reply: &Reply, now: SystemTime) -> Verdict {
 }
 
 fn transient(reply: &Reply, now: SystemTime) -> Verdict {
+    // A date is one of the server's clock, so it is held against that one where it shows.
+    let now = reply.date.unwrap_or(now);
     let retry_after = reply.retry_after.as_deref().and_then(|text| parse_retry_after(text, now));
     Verdict::Transient { status: reply.status, retry_after, message: message(&reply.body) }
 }
@@ -221,6 +250,7 @@ mod tests {
             ("certificate", SendError::Certificate(String::new())),
             ("timeout, nothing sent", SendError::Timeout { sent: false }),
             ("timeout, sent", SendError::Timeout { sent: true }),
+            ("refused", SendError::Refused(String::new())),
             ("reset, nothing sent", SendError::Reset { sent: false, what: String::new() }),
             ("reset, sent", SendError::Reset { sent: true, what: String::new() }),
         ] {
@@ -264,6 +294,7 @@ tls                     unreachable
 certificate             unexpected-answer
 timeout, nothing sent   unreachable
 timeout, sent           ambiguous
+refused                 unread
 reset, nothing sent     unreachable
 reset, sent             ambiguous
 "
@@ -277,7 +308,7 @@ reset, sent             ambiguous
     }
 
     #[test]
-    fn retry_after_is_clamped_and_garbage_is_ignored() {
+    fn c2_a_retry_after_is_clamped_and_garbage_is_ignored() {
         let now = httpdate::parse_http_date("Mon, 23 Nov 2026 11:00:00 GMT").unwrap();
         let secs = Duration::from_secs;
         for (text, expected) in [
@@ -303,5 +334,18 @@ reset, sent             ambiguous
         assert!(message("é ".repeat(5000).as_bytes()).chars().count() <= MESSAGE_CHARS_MAX + 1);
         let echo = format!(r#"{{"expanded":"{}","x":1}}"#, "/9j/4AAQ".repeat(100));
         assert_eq!(message(echo.as_bytes()), r#"{"expanded":"***","x":1}"#);
+    }
+
+    #[test]
+    fn a_date_to_wait_for_is_held_against_the_servers_own_clock() {
+        let servers = SystemTime::UNIX_EPOCH + Duration::from_hours(24 * 365 * 50);
+        let mut reply = reply(503, "");
+        reply.date = Some(servers);
+        reply.retry_after = Some(httpdate::fmt_http_date(servers + Duration::from_secs(7)));
+        let years = Duration::from_hours(24 * 365 * 5);
+        for ours in [servers - years, servers, servers + years] {
+            let Verdict::Transient { retry_after, .. } = judge(&Ok(reply.clone()), ours) else { panic!("{ours:?}") };
+            assert_eq!(retry_after, Some(Duration::from_secs(7)), "{ours:?}");
+        }
     }
 }

@@ -23,6 +23,7 @@ use metrics::Gauge;
 use rustix::fs::OFlags;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use tokio::sync::Notify;
 
 use crate::frame::{Frame, FrameId};
 use crate::metrics::Metrics;
@@ -432,6 +433,7 @@ impl Drop for Temporary {
 pub struct DeadLetters {
     store: Store,
     kept: Mutex<Kept>,
+    changed: Notify,
     metrics: Arc<Metrics>,
     count: Gauge,
     bytes: Gauge,
@@ -467,6 +469,7 @@ impl DeadLetters {
                 max_size: config.max_size.as_u64(),
                 max_age: config.max_age,
             }),
+            changed: Notify::new(),
             metrics,
             store,
         };
@@ -554,6 +557,16 @@ impl DeadLetters {
         self.shrink(&mut kept, 0);
         self.show_counts(&kept);
         Ok(())
+    }
+
+    /// Somebody else has removed or moved some: a pass is due now.
+    pub fn changed(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Waits until [`DeadLetters::changed`] was called since the last time.
+    pub async fn until_changed(&self) {
+        self.changed.notified().await;
     }
 
     /// How many there are, and how many bytes they take.

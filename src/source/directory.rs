@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::claim::Root;
 pub use self::config::{AfterPublish, Config, DetectTime, FromName, Template, Watch};
+pub use self::site::Unsettled;
 use self::site::{Settled, Site, Tally, Via};
 use self::watch::{Event, Events, Watcher};
 use self::window::Key;
@@ -41,12 +42,14 @@ const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 
 /// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
+/// What could not be settled is left in `unsettled`, and what others left of this directory is taken over from there.
 pub async fn run(
     entry: Arc<Entry>,
     intake: Intake,
     metrics: Arc<Metrics>,
     max_frame: u64,
     health: Health,
+    unsettled: Unsettled,
     stop: CancellationToken,
 ) {
     let (site, settled) = match Site::new(entry, intake, metrics, max_frame, health.clone()) {
@@ -64,7 +67,7 @@ pub async fn run(
         drain(&site).await;
         finished.cancel();
     };
-    tokio::join!(serving, settle(&site, settled, &finished));
+    tokio::join!(serving, settle(&site, settled, &unsettled, &finished), tidy_archive(&site, &stop));
     let last = site.clone();
     // A panic in there would be a bug; the claims are adopted at the next start all the same.
     drop(
@@ -84,7 +87,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
             Ok(root) => {
                 let root = Arc::new(root);
                 site.root.store(Some(root.clone()));
-                site.deliver();
+                site.directory_trouble(None);
                 site.put_back.store(false, Ordering::Relaxed);
                 site.nudge();
                 serve_root(site, &root, stop).await;
@@ -94,7 +97,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
                     drop(spawn_blocking(move || gone.forget_all()).await);
                 }
             }
-            Err(error) => site.hold(&missing(&error)),
+            Err(error) => site.directory_trouble(Some(missing(&error))),
         }
         tokio::select! {
             () = stop.cancelled() => {}
@@ -112,7 +115,6 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
     let mut scan: Option<JoinHandle<io::Result<bool>>> = None;
     let mut scan_due = Instant::now();
     let mut young_due: Option<Instant> = None;
-    let mut tidied: Option<Instant> = None;
     loop {
         if scan.is_none() && scan_due <= Instant::now() {
             scan = Some(begin_scan(site, root, watcher.clone()));
@@ -127,14 +129,15 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
             done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
                 scan = None;
                 match done {
-                    Ok(Ok(true)) => site.deliver(),
+                    Ok(Ok(true)) => site.directory_trouble(None),
                     Ok(Ok(false)) => {
+                        site.directory_trouble(None);
                         (watcher, events) = (None, None);
                         scan_due = Instant::now();
                         exhausted(site);
                     }
                     Ok(Err(error)) => {
-                        site.hold(&missing(&error));
+                        site.directory_trouble(Some(missing(&error)));
                         site.missed.store(true, Ordering::Relaxed);
                     }
                     Err(error) => {
@@ -172,21 +175,16 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                 young_due = blocking(move || Ok(at.look_at_young())).await.ok().flatten();
             }
             _ = look.tick() => {
-                let (path, known) = (config.path.clone(), (root.dev, root.ino));
-                // Looked at, not opened: without file descriptors left it would seem gone.
-                let same = blocking(move || tree::look_along(&path)).await;
-                if same.map(|look| (look.dev, look.ino)).ok() != Some(known) {
+                let (path, known) = (config.path.clone(), root.clone());
+                if !blocking(move || Ok(known.is_still(&path))).await.unwrap_or(true) {
                     break;
                 }
+                site.forget_old_trouble();
                 if site.wants_scan() {
                     scan_due = Instant::now();
                 }
-                if site.health.held().is_some() || site.put_back.swap(false, Ordering::Relaxed) {
+                if site.put_back.swap(false, Ordering::Relaxed) || site.health.held().is_some() {
                     site.nudge();
-                }
-                if tidied.is_none_or(|at| at.elapsed() >= ARCHIVE_EVERY) {
-                    tidied = Some(Instant::now());
-                    tidy_archive(site).await;
                 }
             }
         }
@@ -202,8 +200,11 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
 
 /// Nothing more is offered; waits until every frame in hand has come back.
 async fn drain(site: &Arc<Site>) {
-    site.stopping.store(true, Ordering::Relaxed);
-    while site.outstanding.load(Ordering::Acquire) > 0 {
+    site.stopping.store(true, Ordering::SeqCst);
+    let waiting = site.clone();
+    // A panic in there would be a bug; what it held is returned in the end.
+    drop(spawn_blocking(move || waiting.return_waiting()).await);
+    while site.outstanding.load(Ordering::SeqCst) > 0 {
         tokio::select! {
             () = site.changed.notified() => {}
             // A notification may have been taken by the look that came before.
@@ -212,28 +213,40 @@ async fn drain(site: &Arc<Site>) {
     }
 }
 
-/// Carries out dispositions in batches, and again what the file system refused.
-async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>, finished: &CancellationToken) {
+/// Carries out dispositions in batches, and again and again what the file system refused: that is remembered, and never
+/// published again while this process lives.
+async fn settle(
+    site: &Arc<Site>,
+    mut settled: mpsc::UnboundedReceiver<Settled>,
+    unsettled: &Unsettled,
+    finished: &CancellationToken,
+) {
     let mut stuck: Vec<Settled> = Vec::new();
     let mut batch = Vec::new();
     let mut again = Instant::now();
     loop {
         tokio::select! {
             biased;
-            () = tokio::time::sleep_until(again), if !stuck.is_empty() => {
-                stuck = settle_batch(site, std::mem::take(&mut stuck)).await;
+            () = tokio::time::sleep_until(again) => {
+                if let Some(root) = &*site.root.load() {
+                    stuck.extend(unsettled.take(root));
+                }
+                if stuck.is_empty() {
+                    again = Instant::now() + LOOK_EVERY;
+                    continue;
+                }
+                site.stuck.store(stuck.len(), Ordering::Relaxed);
+                stuck = settle_batch(site, stuck).await;
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
                 if stuck.is_empty() {
-                    site.deliver();
+                    site.settling_trouble(None);
                     site.nudge();
                 }
             }
             n = settled.recv_many(&mut batch, BATCH) => {
-                let fresh = std::mem::take(&mut batch);
-                let left = settle_batch(site, fresh).await;
-                // What cannot be removed is remembered, and never published again while we live.
-                if stuck.is_empty() {
+                let left = settle_batch(site, std::mem::take(&mut batch)).await;
+                if stuck.is_empty() && !left.is_empty() {
                     again = Instant::now() + SETTLE_AGAIN;
                 }
                 stuck.extend(left);
@@ -242,9 +255,10 @@ async fn settle(site: &Arc<Site>, mut settled: mpsc::UnboundedReceiver<Settled>,
                     site.done();
                 }
             }
-            () = finished.cancelled() => return,
+            () = finished.cancelled() => break,
         }
     }
+    unsettled.leave(settle_batch(site, stuck).await);
 }
 
 async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
@@ -260,10 +274,8 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
             }
         }
         if let Some(error) = why {
-            at.hold(&format!(
-                "{} settled files cannot be removed ({error}); they are not published again while this runs",
-                stuck.len()
-            ));
+            let what = "settled files cannot be removed or archived";
+            at.settling_trouble(Some(format!("{what} ({error}); no more are taken until they are")));
         }
         stuck
     };
@@ -365,16 +377,25 @@ fn handle(site: &Arc<Site>, root: &Arc<Root>, watcher: Option<&Watcher>, batch: 
     watched
 }
 
-async fn tidy_archive(site: &Arc<Site>) {
+/// Removes what lies in the archive for too long, now and then. Beside all else: a large archive takes minutes.
+async fn tidy_archive(site: &Arc<Site>, stop: &CancellationToken) {
     let config = &site.entry.directory;
-    let (Some(archive), false) = (config.archive.clone(), config.archive_max_age.is_zero()) else { return };
-    let max_age = config.archive_max_age;
-    match blocking(move || archive::tidy(&archive, max_age)).await {
-        Ok(0) => {}
-        Ok(n) => {
-            tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age");
+    let (Some(archive), false) = (&config.archive, config.archive_max_age.is_zero()) else { return };
+    let mut every = tokio::time::interval(ARCHIVE_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = every.tick() => {}
         }
-        Err(error) => tracing::warn!(detector = %site.entry.name, %error, "the archive cannot be tidied"),
+        let (archive, max_age, stop) = (archive.clone(), config.archive_max_age, stop.clone());
+        match blocking(move || archive::tidy(&archive, max_age, &stop)).await {
+            Ok(0) => {}
+            Ok(n) => {
+                tracing::info!(detector = %site.entry.name, files = n, "removed from the archive: older than archive_max_age");
+            }
+            Err(error) => tracing::warn!(detector = %site.entry.name, %error, "the archive cannot be tidied"),
+        }
     }
 }
 

@@ -1,17 +1,19 @@
 //! The retry line: dead letters that an operator sent back to be published, with or without a daemon running then.
 //!
 //! A pair lies in the `retry` sub-directory of the dead letters until the engine has it or it is a dead letter again, under
-//! the same id. Looked at each second by its modification time alone. No bound by rate: the queue and the engine give it.
+//! the same id. Looked at each second by its modification time alone. Rate and weight are those of the detector's entry.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use super::Entry;
 use crate::frame::{Detector, Frame, FrameId, SourceKind};
 use crate::metrics::{DetectorMetrics, Metrics};
 use crate::queue::{self, Intake, Offer, Ready, Taken};
@@ -28,8 +30,15 @@ const STAMP_SETTLED: Duration = Duration::from_secs(2);
 type News = (FrameId, Disposition);
 
 /// Publishes what is in the retry line. Returns when stopped and everything in hand is settled.
-pub async fn run(dead_letters: Arc<DeadLetters>, intake: Intake, metrics: Arc<Metrics>, stop: CancellationToken) {
-    let (mut source, mut news) = Source::new(dead_letters.store().clone(), intake, metrics);
+/// `entries` are those of the configuration of now.
+pub async fn run(
+    dead_letters: Arc<DeadLetters>,
+    entries: Arc<ArcSwap<Vec<Entry>>>,
+    intake: Intake,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) {
+    let (mut source, mut news) = Source::new(dead_letters.store().clone(), entries, intake, metrics);
     let mut tick = interval(POLL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -52,6 +61,7 @@ struct Source {
     store: Store,
     /// Those in the retry line.
     line: Store,
+    entries: Arc<ArcSwap<Vec<Entry>>>,
     intake: Intake,
     metrics: Arc<Metrics>,
     /// Never more than one message for each frame offered, so bounded by [`HELD_MAX`].
@@ -99,11 +109,17 @@ struct Waiting {
 }
 
 impl Source {
-    fn new(store: Store, intake: Intake, metrics: Arc<Metrics>) -> (Self, UnboundedReceiver<News>) {
+    fn new(
+        store: Store,
+        entries: Arc<ArcSwap<Vec<Entry>>>,
+        intake: Intake,
+        metrics: Arc<Metrics>,
+    ) -> (Self, UnboundedReceiver<News>) {
         let (tell, news) = unbounded_channel();
         let source = Self {
             line: store.retry_line(),
             store,
+            entries,
             intake,
             metrics,
             tell,
@@ -197,12 +213,11 @@ impl Source {
     fn line_of(&mut self, id: &FrameId) -> &Line {
         let letter = &self.held[id].letter;
         self.lines.entry((letter.detector.clone(), letter.time_zone.clone())).or_insert_with_key(|(name, zone)| {
-            let detector = Arc::new(Detector {
-                name: name.as_str().into(),
-                time_zone: zone.as_str().into(),
-                rate: 0.0,
-                weight: 1,
-            });
+            // The detector's other frames share its rate limit, which goes by its name. One that is gone has none.
+            let entries = self.entries.load();
+            let (rate, weight) = Entry::of(name, &entries).map_or((0.0, 1), |entry| (entry.rate, entry.weight));
+            let detector =
+                Arc::new(Detector { name: name.as_str().into(), time_zone: zone.as_str().into(), rate, weight });
             let waiting = Arc::new(Waiting {
                 store: self.line.clone(),
                 detector: detector.clone(),
@@ -367,7 +382,7 @@ mod tests {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let (letters, metrics) = open(dir.path());
-            let (source, news) = Source::new(letters.store().clone(), intake(), metrics.clone());
+            let (source, news) = Source::new(letters.store().clone(), entries(), intake(), metrics.clone());
             Self { dir, letters, metrics, source, news }
         }
 
@@ -396,6 +411,12 @@ mod tests {
         }
     }
 
+    /// One, for the detector of [`frame`].
+    fn entries() -> Arc<ArcSwap<Vec<Entry>>> {
+        let entry = Entry { name: frame().detector.name.to_string(), rate: 2.5, weight: 3, ..Entry::default() };
+        Arc::new(ArcSwap::from_pointee(vec![entry]))
+    }
+
     fn intake() -> Intake {
         crate::queue::queue(1024, &Metrics::new()).0
     }
@@ -414,6 +435,7 @@ mod tests {
             (&first.detector.name, &first.detector.time_zone)
         );
         assert_eq!((frame.source, frame.received_at), (first.source, first.received_at));
+        assert_eq!((frame.detector.rate, frame.detector.weight), (2.5, 3), "as its entry says now");
         receipt.settle(Disposition::Accepted);
         bench.hear().await;
         assert_eq!(bench.in_line(), 0);
@@ -430,7 +452,8 @@ mod tests {
         let Some((Taken::Frame(frame, receipt), image)) = bench.taken() else { panic!("nothing in line") };
         bench.letters.keep(&frame, &image, &refusal(Reason::Forbidden)).unwrap();
         // As after a crash: another source, which knows nothing.
-        let (mut restarted, _news) = Source::new(bench.letters.store().clone(), intake(), bench.metrics.clone());
+        let (mut restarted, _news) =
+            Source::new(bench.letters.store().clone(), entries(), intake(), bench.metrics.clone());
         restarted.look().await;
         assert!(restarted.held.is_empty());
         assert_eq!(bench.in_line(), 0);
@@ -532,7 +555,8 @@ mod tests {
         let bench = Bench::new();
         bench.retried(b"abc");
         let stop = CancellationToken::new();
-        let running = tokio::spawn(run(bench.letters.clone(), intake(), bench.metrics.clone(), stop.clone()));
+        let running =
+            tokio::spawn(run(bench.letters.clone(), entries(), intake(), bench.metrics.clone(), stop.clone()));
         while !bench.metrics.render().contains(r#"source="retry"} 1"#) {
             tokio::task::yield_now().await;
         }

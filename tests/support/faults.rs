@@ -84,6 +84,7 @@ impl Drop for Sysctl {
 /// `strace` attached to a running daemon.
 pub struct Strace {
     child: Child,
+    tracee: u32,
     output: PathBuf,
 }
 
@@ -100,7 +101,7 @@ impl Strace {
             let text = fs::read_to_string(&said).unwrap_or_default();
             (ended || text.contains("attached")).then_some(!ended)
         });
-        attached.then(|| Self { child, output: output.to_owned() })
+        attached.then(|| Self { child, tracee: pid, output: output.to_owned() })
     }
 
     /// What it has traced so far.
@@ -111,8 +112,10 @@ impl Strace {
 
 impl Drop for Strace {
     fn drop(&mut self) {
-        // It detaches and lets the daemon run on.
-        let _ended_already = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        // It detaches and lets the daemon run on. Beside a daemon that it has killed it would wait for ever.
+        let alive = fs::read_link(format!("/proc/{}/exe", self.tracee)).is_ok();
+        let signal = if alive { Signal::TERM } else { Signal::KILL };
+        let _ended_already = kill_process(Pid::from_child(&self.child), signal);
         let _reaped = self.child.wait();
     }
 }

@@ -13,6 +13,7 @@
 pub mod engine;
 pub mod faults;
 pub mod machine;
+pub mod network;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -61,6 +62,7 @@ pub fn eventually<T>(what: &str, patience: Duration, mut condition: impl FnMut()
 pub struct Site {
     dir: TempDir,
     engine: String,
+    account: String,
     sections: String,
     detectors: Vec<(String, String)>,
     environment: Vec<(String, String)>,
@@ -76,6 +78,7 @@ impl Site {
         Self {
             dir,
             engine: format!("base_url = {}\n", quoted(base_url)),
+            account: format!("username = {}\npassword_file = \"engine-password\"\n", quoted(USERNAME)),
             sections: String::new(),
             detectors: Vec::new(),
             environment: Vec::new(),
@@ -102,6 +105,16 @@ impl Site {
     #[must_use]
     pub fn engine_keys(mut self, keys: &str) -> Self {
         writeln!(self.engine, "{keys}").expect("a string takes everything");
+        self
+    }
+
+    /// A ready token in place of the account.
+    #[must_use]
+    pub fn token(mut self, token: &str) -> Self {
+        let path = self.dir.path().join("engine-token");
+        fs::write(&path, token).expect("the token can be written");
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("and be made private");
+        self.account = "token_file = \"engine-token\"\n".into();
         self
     }
 
@@ -158,11 +171,11 @@ impl Site {
     pub fn write_config(&self) {
         let path = self.dir.path().to_str().expect("temporary directories have plain names");
         let mut toml = format!(
-            "[engine]\n{}username = {}\npassword_file = \"engine-password\"\n\n\
+            "[engine]\n{}{}\n\
              [dead_letter]\ndirectory = {}\n\n\
              [admin]\nlisten = \"127.0.0.1:0\"\ncontrol = {}\n\n{}\n",
             self.engine,
-            quoted(USERNAME),
+            self.account,
             quoted(&format!("{path}/dead-letter")),
             quoted(&format!("{path}/control.sock")),
             self.sections,

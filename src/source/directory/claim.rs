@@ -79,6 +79,13 @@ impl Root {
         Ok(Self { fd, dev: look.dev, ino: look.ino, hidden, own: Arc::new(own), adopted: Mutex::default() })
     }
 
+    /// Whether `path` still leads to this directory, and our place in it was not removed. Only looks: without file
+    /// descriptors left it would seem gone.
+    pub(super) fn is_still(&self, path: &Path) -> bool {
+        tree::look_along(path).is_ok_and(|look| (look.dev, look.ino) == (self.dev, self.ino))
+            && tree::look_at(&self.own.fd).is_ok_and(|look| look.links > 0)
+    }
+
     /// Takes the file `name` in `dir` (which is open as `from`). `None`: it is not there any more.
     pub(super) fn claim(
         self: &Arc<Self>,
@@ -90,7 +97,10 @@ impl Root {
         let claim = Claim { root: self.clone(), instance: self.own.clone(), id, dir: dir.clone(), name: name.clone() };
         // Twice: pruning may remove a mirrored directory between making it and renaming into it.
         for _ in 0..2 {
-            let (place, as_name) = claim.place(true)?;
+            let (place, as_name) = match claim.place(true) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            };
             match rename(from, name, place.as_fd(), &as_name) {
                 Ok(()) => return Ok(Some(claim)),
                 Err(Errno::NOENT) => match tree::look(from, name) {

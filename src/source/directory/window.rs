@@ -57,8 +57,8 @@ pub(super) enum Added {
     InsteadOf {
         /// Whose line that stood in.
         detector: Arc<str>,
-        /// Whether it has been met: `false` if this scan will still meet it.
-        met: bool,
+        /// The scan that saw it last; 0: none.
+        scan: u64,
     },
     /// It was known.
     Known,
@@ -115,7 +115,7 @@ impl Window {
         if self.waiting >= self.max {
             match self.make_room(detector, waiting.mtime, fresh) {
                 Some((detector, state)) => {
-                    added = Added::InsteadOf { detector, met: scan == 0 || state.scan == scan };
+                    added = Added::InsteadOf { detector, scan: state.scan };
                 }
                 None => return Added::NoRoom,
             }
@@ -301,10 +301,10 @@ mod tests {
         }
         assert_eq!(window.add(&cam, file(3, now), false, 1), Added::Known);
         assert_eq!(window.add(&cam, file(0, now), false, 1), Added::NoRoom);
-        let instead = |met| Added::InsteadOf { detector: cam.clone(), met };
-        assert_eq!(window.add(&cam, file(4, now), false, 1), instead(true), "1 was passed by this scan");
-        assert_eq!(window.add(&cam, file(5, now), false, 2), instead(false), "2 will be met by this scan again");
-        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), instead(true), "others get room");
+        let instead = |scan| Added::InsteadOf { detector: cam.clone(), scan };
+        assert_eq!(window.add(&cam, file(4, now), false, 2), instead(1));
+        assert_eq!(window.add(&cam, file(5, now), true, 0), instead(1));
+        assert_eq!(window.add(&Arc::from("other"), file(-9, now), true, 0), instead(1), "others get room");
         assert_eq!(window.len(), 3);
         assert_eq!(order(&mut window, now), [5, 4]);
     }

@@ -1,0 +1,225 @@
+//! Settling: what became of a claimed frame is carried out, and in the end everything left is given back.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::super::claim::{Claim, Root};
+use super::super::tree::{self, Look};
+use super::super::window::Waiting;
+use super::super::{AfterPublish, archive};
+use super::{Site, key_of};
+use crate::settle::Disposition;
+
+/// What became of a frame that we had claimed.
+pub(in crate::source::directory) struct Settled {
+    pub held: Held,
+    pub disposition: Disposition,
+    /// Not pending any more, although the file may still be there.
+    counted: bool,
+}
+
+/// A claimed frame in the pipeline's hands.
+pub(in crate::source::directory) struct Held {
+    pub claim: Claim,
+    pub detector: Arc<str>,
+    pub(super) look: Look,
+    pub(super) noticed: Instant,
+    pub(super) received_at: Timestamp,
+}
+
+/// What sources could not settle before they ended, for those that follow them in this process: nobody else adopts the
+/// claims, so none is published again, and a reload that mends the cause settles them.
+#[derive(Clone, Default)]
+pub struct Unsettled(Arc<Mutex<Vec<Settled>>>);
+
+impl Unsettled {
+    /// Keeps these until somebody serves their directory, or the process ends.
+    pub(in crate::source::directory) fn leave(&self, stuck: Vec<Settled>) {
+        self.all().extend(stuck);
+    }
+
+    /// Those whose claims lie in this drop directory: the caller's from now on.
+    pub(in crate::source::directory) fn take(&self, root: &Root) -> Vec<Settled> {
+        let here = |settled: &mut Settled| {
+            let its = &settled.held.claim.root;
+            (its.dev, its.ino) == (root.dev, root.ino)
+        };
+        self.all().extract_if(.., here).collect()
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Settled>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Site {
+    /// Hands a disposition to whoever settles; while nobody does any more, the claim stays for the next start.
+    pub(super) fn tell(&self, held: Held, disposition: Disposition) {
+        if self.settle.send(Settled { held, disposition, counted: false }).is_err() {
+            self.done();
+        }
+    }
+
+    /// Carries out one disposition. An error: try again later.
+    pub(in crate::source::directory) fn settle(self: &Arc<Self>, settled: &mut Settled) -> io::Result<()> {
+        if !settled.counted {
+            self.count(settled);
+            settled.counted = true;
+        }
+        let held = &settled.held;
+        match settled.disposition {
+            Disposition::Accepted => {
+                if self.rewritten(held)? {
+                    return Ok(());
+                }
+                match &self.entry.directory.archive {
+                    Some(archive) if self.entry.directory.after_publish == AfterPublish::Archive => {
+                        archive::keep(archive, &held.claim)?;
+                    }
+                    Some(_) | None => held.claim.remove()?,
+                }
+            }
+            Disposition::Rejected => {
+                if self.rewritten(held)? {
+                    return Ok(());
+                }
+                held.claim.remove()?;
+            }
+            Disposition::Dropped => held.claim.remove()?,
+            Disposition::Released => self.release(held),
+        }
+        Ok(())
+    }
+
+    /// The pipeline has counted what it published and dead-lettered; here it stops being pending for this source.
+    fn count(&self, settled: &Settled) {
+        let inner = self.inner();
+        let Some(line) = inner.lines.get(&settled.held.detector) else { return };
+        match settled.disposition {
+            Disposition::Accepted | Disposition::Rejected => {
+                line.pending.fetch_sub(1, Ordering::Relaxed);
+            }
+            Disposition::Dropped => line.dropped("max-age"),
+            // In its place, somebody else may count it from now on.
+            Disposition::Released if self.stopping.load(Ordering::SeqCst) => line.returned(1),
+            Disposition::Released => {}
+        }
+    }
+
+    /// A writer that still held the file has changed it since it was read: that is another frame.
+    fn rewritten(self: &Arc<Self>, held: &Held) -> io::Result<bool> {
+        let look = match held.claim.place(false).and_then(|(place, name)| tree::look(&place, &name)) {
+            Ok(look) => look,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if look.same_content(&held.look) {
+            return Ok(false);
+        }
+        let claim = held.claim.renew()?;
+        // Its writer may be in the middle of it.
+        self.add_claim(&mut self.inner(), &held.detector, claim, look, false);
+        Ok(true)
+    }
+
+    fn release(self: &Arc<Self>, held: &Held) {
+        if self.stopping.load(Ordering::SeqCst) {
+            put_back(&held.claim);
+            return;
+        }
+        let mut inner = self.inner();
+        let waiting = Waiting {
+            key: key_of(&held.claim),
+            size: held.look.size,
+            mtime: held.look.mtime,
+            noticed: held.noticed,
+            received_at: held.received_at,
+            still_since: held.noticed,
+            settled: true,
+            claim: Some(held.claim.clone()),
+        };
+        inner.window.put_back(&held.detector, waiting);
+        if let Some(line) = inner.lines.get(&held.detector) {
+            line.ready.ready();
+        }
+    }
+
+    /// The drop directory is gone or another: what stood in line by its place there does not any more.
+    pub(in crate::source::directory) fn forget_all(&self) {
+        let mut inner = self.inner();
+        let all = inner.window.drain();
+        for (detector, waiting) in all {
+            if waiting.claim.is_some() {
+                inner.window.put_back(&detector, waiting);
+            } else if let Some(line) = inner.lines.get(&detector) {
+                line.dropped("vanished");
+            }
+        }
+        let young: Vec<_> = inner.young.drain().filter(|(_, y)| y.counted).map(|(key, _)| key).collect();
+        for key in young {
+            if let Some(line) = self.detector_of(&inner, &key.dir).and_then(|name| inner.lines.get(&name)) {
+                line.dropped("vanished");
+            }
+        }
+        for (detector, beyond) in std::mem::take(&mut inner.beyond) {
+            if let Some(line) = inner.lines.get(&detector) {
+                (0..beyond).for_each(|_| line.dropped("vanished"));
+            }
+        }
+        inner.refused.clear();
+    }
+
+    /// Nothing more is taken: what waits in line is returned, and only what is in hand is still pending here. A claim
+    /// goes back to its place.
+    pub(in crate::source::directory) fn return_waiting(&self) {
+        let mut inner = self.inner();
+        let later = std::mem::take(&mut inner.later).into_iter().map(|it| (it.detector, it.waiting));
+        let mut returned: HashMap<Arc<str>, i64> = std::mem::take(&mut inner.beyond);
+        for (detector, waiting) in inner.window.drain().into_iter().chain(later) {
+            if let Some(claim) = &waiting.claim {
+                put_back(claim);
+            }
+            *returned.entry(detector).or_default() += 1;
+        }
+        for (key, young) in std::mem::take(&mut inner.young) {
+            if young.counted
+                && let Some(detector) = self.detector_of(&inner, &key.dir)
+            {
+                *returned.entry(detector).or_default() += 1;
+            }
+        }
+        for (detector, n) in returned {
+            if let Some(line) = inner.lines.get(&detector) {
+                line.returned(n.unsigned_abs());
+            }
+        }
+    }
+
+    /// The end of this source: all that it still counts is returned.
+    pub(in crate::source::directory) fn give_back(&self) {
+        self.return_waiting();
+        let mut inner = self.inner();
+        for line in inner.lines.values() {
+            let pending = line.pending.load(Ordering::Relaxed);
+            if pending > 0 {
+                line.returned(pending.unsigned_abs());
+            }
+            line.metrics.left();
+        }
+        // Ends the lines, which hold this site.
+        inner.lines.clear();
+    }
+}
+
+fn put_back(claim: &Claim) {
+    match claim.put_back() {
+        Ok(true) => {}
+        Ok(false) => tracing::debug!(id = %claim.id, "a claim stays for the next start: its place is taken"),
+        Err(error) => tracing::debug!(id = %claim.id, %error, "a claim stays for the next start"),
+    }
+}

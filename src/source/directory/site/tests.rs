@@ -1,0 +1,169 @@
+//! A drop directory at work, turned by hand.
+
+use std::fs;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::super::tree;
+use super::*;
+use crate::metrics::DetectorCounts;
+use crate::queue::{Line as _, Outlet, Taken, queue};
+use crate::source::directory::Config;
+
+/// A site on a directory of its own, without a clockwork: each test turns it by hand.
+struct Bench {
+    home: TempDir,
+    site: Arc<Site>,
+    root: Arc<Root>,
+    _outlet: Outlet,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let metrics = Metrics::new();
+        let (intake, outlet) = queue(1 << 20, &metrics);
+        let directory = Config { path: home.path().to_owned(), quiet: Duration::from_secs(1), ..Config::default() };
+        let entry = Entry { name: "Cam".into(), time_zone: "UTC".into(), directory, ..Entry::default() };
+        let (site, _) = Site::new(Arc::new(entry), intake, metrics, 1 << 20, Health::default()).unwrap();
+        let root = Arc::new(Root::open(home.path()).unwrap());
+        site.root.store(Some(root.clone()));
+        Self { home, site, root, _outlet: outlet }
+    }
+
+    fn path(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// A file that came `age` seconds ago.
+    fn file(&self, name: &str, age: u64) {
+        let file = fs::File::create(self.path().join(name)).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+    }
+
+    fn event(&self, name: &str) {
+        let key = Key { dir: (*b"").into(), name: name.as_bytes().into() };
+        self.site.notice(self.root.fd.as_fd(), &key, Via::Moved, &mut Tally::default());
+    }
+
+    fn scan(&self) {
+        self.site.scan(&self.root, None).unwrap();
+    }
+
+    fn line(&self) -> SiteLine {
+        SiteLine { site: self.site.clone(), detector: "Cam".into() }
+    }
+
+    fn counts(&self) -> DetectorCounts {
+        self.site.metrics.detector("Cam").counts()
+    }
+}
+
+#[test]
+fn a_stop_counts_no_offer_that_was_refused() {
+    let bench = Bench::new();
+    bench.file("a.jpg", 10);
+    bench.scan();
+    bench.site.stopping.store(true, Ordering::SeqCst);
+    assert!(bench.line().next().is_none());
+    assert_eq!(bench.site.outstanding.load(Ordering::SeqCst), 0);
+    bench.site.stopping.store(false, Ordering::SeqCst);
+    let offer = bench.line().next();
+    assert_eq!(bench.site.outstanding.load(Ordering::SeqCst), 1);
+    drop(offer);
+    assert_eq!(bench.site.outstanding.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn what_an_event_puts_out_of_the_window_is_not_taken_for_vanished() {
+    let bench = Bench::new();
+    bench.site.inner().window = Window::new(bench.site.entry.order, 3);
+    for n in 0..5 {
+        bench.file(&format!("{n}.jpg"), 100 + n);
+    }
+    bench.scan();
+    assert_eq!((bench.counts().received, bench.counts().pending), (5, 5));
+    // As if in the middle of a scan that has met everything: an event, and another that puts the first one out.
+    let mut tally = Tally::default();
+    let scan = {
+        let mut inner = bench.site.inner();
+        inner.scan += 1;
+        inner.doubtful.clear();
+        inner.scan
+    };
+    let all = |tally: &mut Tally| {
+        for n in 0..5 {
+            let key = Key { dir: (*b"").into(), name: format!("{n}.jpg").as_bytes().into() };
+            bench.site.notice(bench.root.fd.as_fd(), &key, Via::Scan(scan), tally);
+        }
+    };
+    all(&mut tally);
+    for n in 5..10 {
+        bench.file(&format!("{n}.jpg"), 50);
+        bench.event(&format!("{n}.jpg"));
+    }
+    bench.site.reckon(&tally, true);
+    let counts = bench.counts();
+    assert_eq!((counts.received, counts.dropped, counts.pending), (10, 0, 10));
+    // The next scan finds them where they are, and nothing is counted again.
+    bench.scan();
+    let counts = bench.counts();
+    assert_eq!((counts.received, counts.dropped, counts.pending), (10, 0, 10));
+    for n in 0..10 {
+        fs::remove_file(bench.path().join(format!("{n}.jpg"))).unwrap();
+    }
+    bench.scan();
+    assert_eq!(bench.counts().dropped, 7, "what is in the window is found to be gone when it is its turn");
+}
+
+#[test]
+fn a_link_that_a_race_put_into_a_claim_goes_back_when_its_place_is_free() {
+    let bench = Bench::new();
+    let link = bench.path().join("x.jpg");
+    std::os::unix::fs::symlink("/nowhere", &link).unwrap();
+    let claim = bench.root.claim(bench.root.fd.as_fd(), &(*b"").into(), &(*b"x.jpg").into()).unwrap().unwrap();
+    fs::write(&link, b"another").unwrap();
+    let look = tree::look(bench.root.fd.as_fd(), b"x.jpg").unwrap();
+    bench.site.add_claim(&mut bench.site.inner(), &"Cam".into(), claim, look, true);
+    let take = || {
+        let offer = bench.line().next().expect("it stands in line");
+        assert!(matches!((offer.take)(&mut Vec::new()), Taken::Gone));
+    };
+    take();
+    assert_eq!((bench.counts().refused, bench.counts().pending), (1, 1), "refused, and still ours");
+    fs::remove_file(&link).unwrap();
+    bench.site.inner().later[0].due = Instant::now();
+    bench.site.look_at_young();
+    take();
+    assert!(link.symlink_metadata().unwrap().is_symlink(), "it is back");
+    assert_eq!((bench.counts().dropped, bench.counts().pending), (1, 0), "what was received there is gone");
+}
+
+#[test]
+fn more_unfinished_files_than_can_be_watched_over_wait_for_the_next_scan_and_are_counted_once() {
+    let bench = Bench::new();
+    for n in 0..3 {
+        bench.file(&format!("{n}.jpg"), 10);
+    }
+    bench.scan();
+    assert_eq!(bench.counts().received, 3);
+    // All but two of the places are taken.
+    let crowd = |n: usize| Key { dir: (*b"elsewhere").into(), name: n.to_string().as_bytes().into() };
+    for n in 0..noticing::YOUNG_MAX - 2 {
+        let mut inner = bench.site.inner();
+        bench.site.look_again(&mut inner, &crowd(n));
+    }
+    for _ in 0..3 {
+        let offer = bench.line().next().expect("it stands in line");
+        assert!(matches!((offer.take)(&mut Vec::new()), Taken::Gone), "it is empty: its writer may not be done");
+    }
+    assert_eq!(bench.site.inner().young.len(), noticing::YOUNG_MAX);
+    assert_eq!((bench.counts().pending, bench.counts().dropped), (3, 0));
+    bench.scan();
+    assert_eq!(bench.site.inner().window.len(), 1, "it is found again");
+    assert_eq!((bench.counts().received, bench.counts().pending, bench.counts().dropped), (3, 3, 0));
+}
