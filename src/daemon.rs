@@ -25,7 +25,7 @@ use crate::pipeline::{self, Stages};
 use crate::publish::{EngineStatus, Publisher, State};
 use crate::queue::{self, Intake};
 use crate::settle::dead_letter::DeadLetters;
-use crate::source::{self, Entry, Health, directory};
+use crate::source::{self, Entry, Health};
 use crate::{admin, control, log};
 
 /// Histograms fold their samples, gauges of the engine follow, the dead letters' janitor looks.
@@ -104,7 +104,8 @@ pub struct Status {
 #[expect(missing_docs, reason = "the field names are the documentation of the JSON")]
 pub struct SourceStatus {
     pub name: String,
-    pub path: PathBuf,
+    /// Where its frames come from: a directory's path, a queue's address without secrets.
+    pub place: String,
     /// Why it cannot deliver; `null` while it can.
     pub held: Option<String>,
     /// Longer than `silence_alarm` without a frame.
@@ -298,14 +299,17 @@ impl Daemon {
         let entry = Arc::new(entry);
         let health = Health::default();
         let stop = CancellationToken::new();
-        self.source_tasks.spawn(directory::run(
-            entry.clone(),
-            self.intake.clone(),
-            self.shared.metrics.clone(),
-            self.settings.encode.max_frame.as_u64(),
-            health.clone(),
-            stop.clone(),
-        ));
+        let places = self.settings.secret_places.clone();
+        let around = source::Surroundings {
+            entry: entry.clone(),
+            intake: self.intake.clone(),
+            metrics: self.shared.metrics.clone(),
+            max_frame: self.settings.encode.max_frame.as_u64(),
+            health: health.clone(),
+            files: Arc::new(move |file| places.resolve(file)),
+            stop: stop.clone(),
+        };
+        self.source_tasks.spawn(source::serve(around));
         self.sources.push(Source { entry, health, stop });
         self.publish_sources();
     }
@@ -443,7 +447,7 @@ impl Shared {
         });
         SourceStatus {
             name: entry.name.clone(),
-            path: entry.directory.path.clone(),
+            place: entry.place(),
             held: health.held(),
             silent: entry.silence_alarm.is_some_and(|alarm| quiet > alarm),
         }

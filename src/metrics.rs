@@ -246,7 +246,7 @@ pub struct DetectorCounts {
 
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
-    received: [Counter; 3],
+    received: [Counter; SourceKind::ALL.len()],
     dead_lettered: Vec<(Reason, Counter)>,
     dropped: Vec<(&'static str, Counter)>,
     refused: Vec<(&'static str, Counter)>,
@@ -282,7 +282,7 @@ impl DetectorMetrics {
         let source = |kind: SourceKind| counter("frames_received_total", Some(("source", kind.as_str())));
         Self {
             recorder: RecorderParts {
-                received: [SourceKind::Directory, SourceKind::CommandLine, SourceKind::Retry].map(source),
+                received: SourceKind::ALL.map(source),
                 dead_lettered: Reason::ALL
                     .map(|r| (r, counter("frames_dead_lettered_total", Some(("reason", r.as_str())))))
                     .into(),
@@ -307,12 +307,7 @@ impl DetectorMetrics {
 
     /// `n` frames were accepted from `source`.
     pub fn received(&self, source: SourceKind, n: u64) {
-        let handle = match source {
-            SourceKind::Directory => &self.recorder.received[0],
-            SourceKind::CommandLine => &self.recorder.received[1],
-            SourceKind::Retry => &self.recorder.received[2],
-        };
-        handle.increment(n);
+        self.recorder.received[source as usize].increment(n);
         self.counts.received.fetch_add(n, Ordering::Relaxed);
         self.add_pending(i64::try_from(n).unwrap_or(0));
         let now = Timestamp::now();

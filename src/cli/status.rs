@@ -47,13 +47,12 @@ fn describe(status: &Status) -> String {
     line(format_args!("dead letters: {}, {}", status.dead_letters, ByteSize(status.dead_letter_bytes).display().iec()));
     for source in &status.sources {
         if let Some(why) = &source.held {
-            line(format_args!("held: {} ({}): {why}", source.name, source.path.display()));
+            line(format_args!("held: {} ({}): {why}", source.name, source.place));
         }
         if source.silent {
             line(format_args!(
                 "silent: {} ({}) has sent nothing for longer than its silence_alarm",
-                source.name,
-                source.path.display()
+                source.name, source.place
             ));
         }
     }

@@ -69,7 +69,7 @@ pub fn diff(old: &Settings, new: &Settings) -> Changes {
 
 /// Whether two entries speak of one detector. A name with placeholders may occur several times, for several directories.
 fn same(a: &Entry, b: &Entry) -> bool {
-    a.name == b.name && (!a.name.contains('{') || a.directory.path == b.directory.path)
+    a.name == b.name && (!a.name.contains('{') || a.place() == b.place())
 }
 
 fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {

@@ -149,8 +149,7 @@ fn same_names(detectors: &[Entry], found: &mut Findings) {
     for (i, entry) in detectors.iter().enumerate().filter(|(_, it)| !it.name.contains('{')) {
         match first.get(entry.name.as_str()) {
             Some(other) => {
-                let wrong =
-                    format!("`{}` is also the name of the detector of {}", entry.name, other.directory.path.display());
+                let wrong = format!("`{}` is also the name of the detector of {}", entry.name, other.place());
                 found.problem(format!("detectors[{i}].name"), wrong, "give each its own name");
             }
             None => {

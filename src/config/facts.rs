@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::Settings;
 use crate::secret::Secret;
+use crate::source;
 
 /// Where relative secret files are looked up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,8 +70,11 @@ impl Facts {
             let away = |error| SecretFile::Away(format!("cannot read `{}`: {error}", path.display()));
             facts.secrets.insert(file.clone(), open.map_or_else(away, |()| SecretFile::Usable));
         }
-        let directories =
-            settings.detectors.iter().flat_map(|it| [Some(&it.directory.path), it.directory.archive.as_ref()]);
+        let directories = settings
+            .detectors
+            .iter()
+            .filter_map(source::Entry::directory)
+            .flat_map(|it| [Some(&it.path), it.archive.as_ref()]);
         for directory in directories.flatten().chain([&settings.dead_letter.directory]) {
             facts.real.insert(directory.clone(), real(directory));
         }

@@ -20,8 +20,8 @@ use rustix::io::Errno;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
+use super::Config;
 use super::claim::{Claim, Root};
-use super::config::Template;
 use super::detect_time::Finder;
 use super::tree::{self, Look};
 use super::watch::Watcher;
@@ -31,7 +31,7 @@ use crate::frame::{Detector, Frame, SourceKind};
 use crate::metrics::{DetectorMetrics, Metrics};
 use crate::queue::{Intake, Line, Offer, Ready, Taken};
 use crate::settle::{Disposition, Reason, Receipt, Refusal};
-use crate::source::{Entry, Health, State};
+use crate::source::{Entry, Health, State, Template};
 
 /// Detectors that one entry with placeholders may make.
 const DETECTORS_MAX: usize = 1000;
@@ -51,6 +51,7 @@ const PARTIAL: [&[u8]; 4] = [b".tmp", b".part", b".filepart", b"~"];
 /// See the file's head.
 pub(super) struct Site {
     pub entry: Arc<Entry>,
+    pub config: Config,
     pub metrics: Arc<Metrics>,
     pub health: Health,
     intake: Intake,
@@ -158,6 +159,7 @@ pub(super) struct Tally {
 impl Site {
     pub(super) fn new(
         entry: Arc<Entry>,
+        config: Config,
         intake: Intake,
         metrics: Arc<Metrics>,
         max_frame: u64,
@@ -166,9 +168,9 @@ impl Site {
         // Bounded by the frames in hand, which the queue's byte budget bounds.
         let (settle, settled) = mpsc::unbounded_channel();
         let site = Arc::new(Self {
-            include: entry.directory.globs()?,
-            template: Template::parse(&entry.name)?,
-            finder: Finder::new(&entry.directory.detect_time, &entry.time_zone)?,
+            include: config.globs()?,
+            template: Template::parse(&entry.name, entry.source.placeholders()).map_err(anyhow::Error::msg)?,
+            finder: Finder::new(&config.detect_time, &entry.time_zone)?,
             state: Mutex::new(Inner {
                 window: Window::new(entry.order, FRAMES_MAX),
                 young: HashMap::new(),
@@ -178,6 +180,7 @@ impl Site {
                 scan: 0,
             }),
             entry,
+            config,
             metrics,
             health,
             intake,
@@ -192,7 +195,7 @@ impl Site {
             stuck: AtomicUsize::new(0),
         });
         if site.template.is_fixed()
-            && let Some(name) = site.template.fill(b"")
+            && let Some(name) = site.name_in(b"")
         {
             site.register(&mut site.inner(), &name);
         }
@@ -202,7 +205,7 @@ impl Site {
     /// The source cannot deliver, and why.
     pub(super) fn hold(&self, why: &str) {
         if self.health.set(State::Held(why.to_owned())) {
-            tracing::warn!(detector = %self.entry.name, path = ?self.entry.directory.path, "detector held: {why}");
+            tracing::warn!(detector = %self.entry.name, path = ?self.config.path, "detector held: {why}");
         }
         self.show(false);
     }
@@ -214,7 +217,7 @@ impl Site {
         }
         let was_held = self.health.held().is_some();
         if self.health.set(State::Ok) && was_held {
-            tracing::info!(detector = %self.entry.name, path = ?self.entry.directory.path, "detector delivers again");
+            tracing::info!(detector = %self.entry.name, path = ?self.config.path, "detector delivers again");
         }
         self.show(true);
     }
@@ -256,9 +259,15 @@ impl Site {
             && self.include.is_match(Path::new(std::ffi::OsStr::from_bytes(name)))
     }
 
+    /// The name for a file in the directory `dir` below the source's path.
+    fn name_in(&self, dir: &[u8]) -> Option<String> {
+        let levels: Vec<&[u8]> = dir.split(|b| *b == b'/').filter(|level| !level.is_empty()).collect();
+        self.template.fill(&levels, |_| None)
+    }
+
     /// The detector of a directory; `None`: it has no name, or there are too many.
     fn detector_of(&self, inner: &Inner, dir: &[u8]) -> Option<Arc<str>> {
-        let name = self.template.fill(dir)?;
+        let name = self.name_in(dir)?;
         match inner.lines.get_key_value(name.as_str()) {
             Some((known, _)) => Some(known.clone()),
             None if inner.lines.len() < DETECTORS_MAX => Some(name.into()),
@@ -286,7 +295,7 @@ impl Site {
             return self.refuse(&mut inner, key, &look, "no-name");
         };
         let (now, wall) = (Instant::now(), Timestamp::now());
-        let quiet = self.entry.directory.quiet;
+        let quiet = self.config.quiet;
         let young = |settled| Young {
             size: look.size,
             mtime: look.mtime,
@@ -412,7 +421,7 @@ impl Site {
             inner.refused.clear();
         }
         let said = inner.refused.insert(key.clone(), (look.ino, look.ctime)).is_some();
-        let name = self.template.fill(&key.dir).unwrap_or_else(|| self.entry.name.clone());
+        let name = self.name_in(&key.dir).unwrap_or_else(|| self.entry.name.clone());
         self.metrics.detector(&name).refused(reason);
         if said {
             // Whoever changes it again and again must not fill the log.
@@ -420,7 +429,7 @@ impl Site {
         }
         tracing::warn!(
             detector = %name,
-            path = ?self.entry.directory.path,
+            path = ?self.config.path,
             file = ?std::ffi::OsStr::from_bytes(&tree::join(&key.dir, &key.name)),
             "refused and left alone: {}",
             advice(reason)
@@ -471,12 +480,12 @@ impl Site {
         if changed {
             (young.size, young.mtime, young.since, young.looks) = (look.size, look.mtime, now, 0);
             if !young.settled {
-                young.due = now + self.entry.directory.quiet;
+                young.due = now + self.config.quiet;
                 inner.young.insert(key.clone(), young);
                 return;
             }
         }
-        let settled = young.settled || now >= young.since + self.entry.directory.quiet;
+        let settled = young.settled || now >= young.since + self.config.quiet;
         let waiting = Waiting {
             key: key.clone(),
             size: look.size,
@@ -521,7 +530,7 @@ impl Site {
     ) -> io::Result<bool> {
         let depth = dir.split(|b| *b == b'/').count();
         let hidden = dir.split(|b| *b == b'/').any(|c| c.starts_with(b"."));
-        if hidden || !self.entry.directory.recursive {
+        if hidden || !self.config.recursive {
             return Ok(true);
         }
         let mut tally = Tally::default();
@@ -566,7 +575,7 @@ impl Site {
             let unsaid = kind == FileType::Unknown;
             let is_dir = kind == FileType::Directory
                 || unsaid && tree::look(&fd, name).is_ok_and(|look| look.kind == FileType::Directory);
-            if is_dir && self.entry.directory.recursive {
+            if is_dir && self.config.recursive {
                 if !name.starts_with(b".") && depth < tree::DEPTH_MAX {
                     below.push(tree::join(dir, name).into());
                 }
@@ -579,7 +588,7 @@ impl Site {
         for dir in &below {
             watched &= self.visit(root, dir, depth + 1, via, watcher, tally)?;
         }
-        if empty && depth > 0 && self.entry.directory.remove_empty_directories {
+        if empty && depth > 0 && self.config.remove_empty_directories {
             remove_if_long_empty(root, dir, &look);
         }
         Ok(watched)
@@ -790,7 +799,7 @@ impl Site {
         unchanged
             && match flaw {
                 Flaw::Unsupported(_) => waiting.settled,
-                Flaw::Truncated(_) => waiting.still_since.elapsed() >= self.entry.directory.partial_timeout,
+                Flaw::Truncated(_) => waiting.still_since.elapsed() >= self.config.partial_timeout,
             }
     }
 
@@ -903,11 +912,11 @@ impl Site {
         let now = Instant::now();
         let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
         let since = if unchanged { waiting.still_since } else { now };
-        let quiet = self.entry.directory.quiet;
+        let quiet = self.config.quiet;
         // A file that has been still for long is looked at more and more rarely, and once at the time-out.
         let pause = after.unwrap_or_else(|| (now - since).clamp(quiet, LOOK_AGAIN_MAX.max(quiet)));
         let mut due = now + pause;
-        let end = since + self.entry.directory.partial_timeout;
+        let end = since + self.config.partial_timeout;
         if after.is_none() && end > now {
             due = due.min(end);
         }
@@ -961,8 +970,8 @@ impl Site {
                 if self.rewritten(held)? {
                     return Ok(());
                 }
-                match &self.entry.directory.archive {
-                    Some(archive) if self.entry.directory.after_publish == super::AfterPublish::Archive => {
+                match &self.config.archive {
+                    Some(archive) if self.config.after_publish == super::AfterPublish::Archive => {
                         super::archive::keep(archive, &held.claim)?;
                     }
                     Some(_) | None => held.claim.remove()?,
