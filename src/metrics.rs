@@ -45,7 +45,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     (
         "frames_dropped_total",
         C,
-        "Frames dropped by a policy that was switched on, or taken away from the drop directory by somebody else, by reason.",
+        "Frames dropped by a policy that was switched on, taken away from the drop directory by somebody else, or purged from the spool by an operator, by reason.",
     ),
     (
         "frames_returned_total",
@@ -83,6 +83,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("dead_letters", G, "Dead letters kept."),
     ("dead_letter_bytes", G, "Bytes that the dead letters take."),
     ("dead_letters_purged_total", C, "Dead letters removed to keep the bounds, by reason: age or size."),
+    ("spool_frames", G, "Frames in the spool: pushed or taken from a topic, and not yet settled."),
+    ("spool_bytes", G, "Bytes that the spool takes on disk."),
+    ("spool_max_bytes", G, "spool.max_size: bytes that the spool may take."),
+    ("spool_syncs_total", C, "Groups of frames that were made durable together."),
+    ("push_answers_total", C, "Answers of the push server, by status code."),
     ("config_reloads_total", C, "Reloads of the configuration, by result."),
     ("config_last_reload_success_timestamp_seconds", G, "When a configuration was last applied."),
     ("build_info", G, "1, with the version."),
@@ -254,7 +259,7 @@ struct RecorderParts {
 }
 
 /// The reasons of `frames_dropped_total`.
-pub const DROP_REASONS: [&str; 2] = ["max-age", "vanished"];
+pub const DROP_REASONS: [&str; 3] = ["max-age", "vanished", "purged"];
 /// The reasons of `frames_refused_total`.
 pub const REFUSAL_REASONS: [&str; 10] = [
     "symlink",

@@ -3,6 +3,7 @@
 //! Not here: what happens to a frame between its claim and its settlement.
 
 pub mod directory;
+mod lanes;
 mod message;
 pub mod mqtt;
 mod name;
@@ -10,6 +11,7 @@ pub mod nats;
 pub mod push;
 pub mod redis;
 pub mod retry;
+pub mod spool;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
