@@ -21,6 +21,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::source::spool::Which;
+
 /// Bytes of a request's line.
 const REQUEST_MAX: u64 = 64 << 10;
 /// Bytes of an answer's line: the status of a thousand detectors and more.
@@ -40,6 +42,11 @@ pub enum Request {
     Reload,
     /// What `/status` shows.
     Status,
+    /// Remove frames from the spool for good.
+    PurgeSpool {
+        /// Which.
+        which: Which,
+    },
 }
 
 /// What came of it.

@@ -120,6 +120,10 @@ pub struct Surroundings {
     pub max_frame: u64,
     /// Where it says how it is.
     pub health: Health,
+    /// Where frames wait that are acknowledged before they are published; there if an entry needs it.
+    pub spool: Option<Arc<spool::Spool>>,
+    /// The push server; there if `[push]` says where to listen.
+    pub push: Option<Arc<push::Door>>,
     /// Where its secret and CA files are now; asked again at each connection, since files may change.
     pub files: Arc<dyn Fn(&Path) -> PathBuf + Send + Sync>,
     /// Cancelled: take nothing more, settle what is in hand, give the rest back, and return.
@@ -265,7 +269,7 @@ pub async fn serve(around: Surroundings) {
             let Surroundings { entry, intake, metrics, max_frame, health, stop, .. } = around;
             directory::run(entry, config, intake, metrics, max_frame, health, stop).await;
         }
-        Config::Push(config) => push::run(config, around).await,
+        Config::Push(_) => push::run(around).await,
         Config::Mqtt(config) => mqtt::run(config, around).await,
         Config::Redis(config) => redis::run(config, around).await,
         Config::Nats(config) => nats::run(config, around).await,

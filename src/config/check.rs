@@ -5,6 +5,7 @@
 mod detector;
 mod engine;
 mod overlap;
+mod push;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,6 +27,7 @@ pub fn check(settings: &Settings, facts: &Facts) -> Vec<Finding> {
     publish(settings, &mut found);
     encode(settings, &mut found);
     dead_letter(settings, &mut found);
+    push::check(settings, facts, &mut found);
     admin(settings, &mut found);
     log(settings, &mut found);
     found.not_zero("shutdown.deadline", settings.shutdown.deadline, "20s");

@@ -53,6 +53,15 @@ max_frame = "8MiB"
 directory = "/var/lib/framegate/dead-letter"
 max_size = "1GiB"
 max_age = "7d"
+[spool]
+directory = "/var/lib/framegate/spool"
+max_size = "2GiB"
+[push]
+listen = "unix:/run/framegate/push.sock"
+username = "cameras"
+password_file = "push-password"
+tls_cert_file = "push-cert.pem"
+tls_key_file = "push-key.pem"
 [admin]
 listen = "127.0.0.1:9464"
 control = "/run/framegate/control.sock"

@@ -219,6 +219,8 @@ pub struct Spool {
     trouble: Mutex<Option<String>>,
     /// Bytes of the frame that had no room last, until there is room for it.
     no_room_for: AtomicU64,
+    /// Cancelled once the directory was tried for the first time.
+    tried: CancellationToken,
 }
 
 /// What comes in for [`run`].
@@ -251,6 +253,7 @@ impl Spool {
             news: tell,
             trouble: Mutex::new(Some("the spool is being opened".into())),
             no_room_for: AtomicU64::new(0),
+            tried: CancellationToken::new(),
         });
         spool.reconfigure(config, &[]);
         (spool, Inbox { puts: put, news })
@@ -289,6 +292,11 @@ impl Spool {
             waits.then(|| format!("the spool is full: {frames} frames, up to {max} of spool.max_size"))
         };
         self.trouble().or_else(full)
+    }
+
+    /// Resolves once the directory was opened, or could not be: before, everything would be refused that comes.
+    pub(super) async fn tried(&self) {
+        self.tried.cancelled().await;
     }
 
     fn trouble(&self) -> Option<String> {
@@ -448,6 +456,7 @@ impl Spool {
             Ok(()) => self.out_of_trouble(),
             Err(error) => self.in_trouble(&format!("{}: {error}", self.directory.display())),
         }
+        self.tried.cancel();
         lock(&self.index).offer_released();
         if self.trouble().is_none() {
             // What could not be written or removed.
