@@ -15,13 +15,14 @@ use framegate::simulator::Certificate;
 use support::engine::{Engine, hash, image, nothing_lost, put_face};
 use support::{PATIENCE, Site, eventually, files_below};
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "run",
     "check",
     "reload",
     "status",
     "publish",
     "dead-letter",
+    "spool",
     "demo",
     "simulate-engine",
     "pin",

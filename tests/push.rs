@@ -516,3 +516,46 @@ fn what_the_spool_holds_is_published_after_its_entries_are_gone() {
     engine.until_accepted(3);
     daemon.idle(PATIENCE);
 }
+
+#[test]
+fn an_operator_lists_and_purges_the_spool_with_and_without_a_daemon() {
+    let engine = Engine::start();
+    let site = site(&engine, "");
+    let said = |arguments: &[&str]| {
+        let output = site.command(arguments).stdin(Stdio::null()).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (String::from_utf8(text).unwrap(), output.status.success())
+    };
+    engine.down();
+    let mut daemon = site.run();
+    assert_eq!(said(&["spool", "list"]), ("No frames in the spool.\n".into(), true));
+    for n in 0..6 {
+        accepted(&push(&site, &image(n), if n < 4 { "Door" } else { "Lobby" }));
+    }
+    let (list, _) = said(&["spool", "list"]);
+    assert!(list.lines().count() == 7 && list.contains("Lobby") && list.contains("unix socket"), "{list}");
+    let (json, _) = said(&["spool", "list", "--json", "--detector", "Lobby"]);
+    let first: serde_json::Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
+    assert_eq!((json.lines().count(), first["detect_time_utc"].as_str()), (2, Some("2026-11-23T11:00:00.123Z")));
+    assert!(said(&["spool", "purge"]).0.contains("--all"));
+    assert!(said(&["spool", "purge", "--all"]).0.contains("say --yes"));
+    assert_eq!(said(&["spool", "purge", "--older-than", "1h", "--yes"]), ("0 removed.\n".into(), true));
+    let (purged, ok) = said(&["spool", "purge", "--detector", "Door", "--yes", "--json"]);
+    let purged: serde_json::Value = serde_json::from_str(&purged).unwrap();
+    let (removed, in_hand) = (purged["removed"].as_i64().unwrap(), purged["in_hand"].as_i64().unwrap());
+    assert!(ok && removed + in_hand == 4, "{purged}");
+    assert_eq!(daemon.metrics().count("framegate_frames_dropped_total", "reason=\"purged\""), removed);
+    daemon.metrics().equation_holds().unwrap();
+    let left = usize::try_from(2 + in_hand).unwrap();
+    assert!(daemon.stop().success());
+
+    assert_eq!(said(&["spool", "list", "--json"]).0.lines().count(), left);
+    assert_eq!(said(&["spool", "purge", "--detector", "Lobby", "--yes"]), ("2 removed.\n".into(), true));
+    assert_eq!(said(&["spool", "purge", "--all", "--yes"]).0, format!("{in_hand} removed.\n"));
+    engine.up();
+    daemon = site.run();
+    accepted(&push(&site, &image(9), "Door"));
+    engine.until_accepted(1);
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &[hash(&image(9))]), 0);
+}

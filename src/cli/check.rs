@@ -9,7 +9,7 @@ use humantime::format_duration;
 
 use crate::config::{self, Environment, Loaded, Settings};
 use crate::source::directory::{self, AfterPublish, DetectTime, Watch};
-use crate::source::{Entry, Order};
+use crate::source::{Entry, Order, spool};
 
 /// `EX_CONFIG` of sysexits.h: systemd units can tell it from a crash.
 pub(super) const EXIT_CONFIG: u8 = 78;
@@ -96,6 +96,15 @@ fn places(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
     let dead = &settings.dead_letter;
     let (directory, age) = (dead.directory.display(), kept(dead.max_age));
     writeln!(out, "dead letters in {directory}, up to {}, {age}", dead.max_size)?;
+    if settings.detectors.iter().any(spool::serves) {
+        let spool = &settings.spool;
+        writeln!(out, "spool in {}, up to {}", spool.directory.display(), spool.max_size)?;
+    }
+    if let Some(listen) = &settings.push.listen {
+        let tls = if settings.push.tls_cert_file.is_some() { "tls" } else { "no tls" };
+        let account = settings.push.username.as_deref().map_or("no account".to_owned(), |it| format!("account {it}"));
+        writeln!(out, "frames are pushed to {listen}, {tls}, {account}")?;
+    }
     writeln!(out, "admin on {}, control socket {}", settings.admin.listen, settings.admin.control.display())?;
     writeln!(out, "stops within {}", format_duration(settings.shutdown.deadline))
 }
