@@ -120,7 +120,7 @@ impl Daemon {
             let status = command("status").arg("--json").output().expect("the command runs");
             let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
             if let (Some(admin), Some(_)) = (status["admin"].as_str(), status["push"].as_str()) {
-                daemon.admin = admin.to_owned();
+                admin.clone_into(&mut daemon.admin);
                 return daemon;
             }
             assert!(begun.elapsed() < PATIENCE, "the daemon is not ready");

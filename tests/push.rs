@@ -292,6 +292,76 @@ fn d1_killed_again_and_again_under_load_nothing_that_was_answered_200_is_lost() 
 }
 
 #[test]
+fn d2_killed_at_a_write_a_sync_or_a_removal_of_the_spool_nothing_that_was_answered_200_is_lost() {
+    let engine = Engine::start();
+    let site = site(&engine, "");
+    let next = Arc::new(AtomicU64::new(0));
+    let pushers = Pushers::start(&site.path().join("push.sock"), 4, &next);
+    let faults = [("pwrite64", 1), ("pwrite64", 4), ("fdatasync", 1), ("fdatasync", 5), ("unlink", 1), ("fsync", 1)];
+    for (n, (call, when)) in faults.into_iter().enumerate() {
+        let mut daemon = site.run();
+        let (trace, inject) = (format!("trace={call}"), format!("inject={call}:signal=KILL:when={when}"));
+        let output = site.path().join(format!("trace-{n}"));
+        let Some(_strace) = Strace::attach(daemon.pid(), &output, &["-e", &trace, "-e", &inject]) else {
+            pushers.finish();
+            return skipped("d2_killed_at_a_write_a_sync_or_a_removal…", "strace cannot attach");
+        };
+        daemon.wait();
+    }
+    let mut daemon = site.run();
+    let written = pushers.finish();
+    daemon.idle(PATIENCE);
+    let arrived = support::engine::arrivals(&[&engine]);
+    let lost = written.iter().filter(|hash| !arrived.contains_key(*hash)).count();
+    assert_eq!(lost, 0, "of {}", written.len());
+    engine.contract_held();
+}
+
+#[test]
+fn b15_killed_between_the_dead_letter_and_the_spools_mark_there_is_one_dead_letter_and_no_loop() {
+    let poison = image(7);
+    let hex: Vec<String> = hash(&poison).iter().map(|byte| format!("{byte:02x}")).collect();
+    let engine = Engine::with(|options| {
+        options.faults.by_image.insert(hex.concat(), 400);
+    });
+    let site = site(&engine, "");
+    let mut daemon = site.run();
+    accepted(&push(&site, &image(0), "Door"));
+    // The third fsync of a dead letter is its directory's: both files are there, and the spool does not know yet.
+    let fault = ["-e", "trace=fsync", "-e", "inject=fsync:signal=KILL:when=3"];
+    let strace = Strace::attach(daemon.pid(), &site.path().join("trace"), &fault);
+    let Some(_strace) = strace else {
+        return skipped("b15_killed_between_the_dead_letter_and_the_spools_mark…", "strace cannot attach");
+    };
+    accepted(&push(&site, &poison, "Door"));
+    // It is at fault only while others pass.
+    let mut n = 100;
+    eventually("the daemon dies", PATIENCE, || {
+        n += 1;
+        answer_of(&site.path().join("push.sock"), &mut None, &body_of(&image(n), "Door")).is_none().then_some(())
+    });
+    daemon.wait();
+    let mut daemon = site.run();
+    let listed = || {
+        let output = site.command(&["dead-letter", "list", "--json"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    eventually("it is a dead letter and settled", PATIENCE, || {
+        n += 1;
+        accepted(&push(&site, &image(n), "Door"));
+        let dead = daemon.metrics().count("framegate_frames_dead_lettered_total", "reason=\"rejected\"");
+        (dead > 0).then_some(())
+    });
+    daemon.idle(PATIENCE);
+    let letters = listed();
+    assert_eq!(letters.lines().count(), 1, "{letters}");
+    let letter: serde_json::Value = serde_json::from_str(letters.lines().next().unwrap()).unwrap();
+    assert_eq!((letter["source"].as_str(), letter["detector"].as_str()), (Some("push"), Some("Door")));
+    let kept = site.dead_letters().join(format!("{}.image", letter["id"].as_str().unwrap()));
+    assert_eq!(fs::read(kept).unwrap(), poison, "decoded back from its base64");
+}
+
+#[test]
 fn a_full_spool_is_503_with_retry_after_and_takes_frames_again_when_the_engine_does() {
     let engine = Engine::start();
     let site = site(&engine, "---[encode]\nmax_frame = \"256KiB\"\n[spool]\nmax_size = \"1MiB\"");
@@ -471,8 +541,36 @@ fn pushed_over_tls_with_a_certificate_of_ours() {
     let token: serde_json::Value = serde_json::from_str(&login.body).unwrap();
     let bearer = format!("Authorization: Bearer {}", token["token"].as_str().unwrap());
     accepted(&curl_at(&how, &base, PUBLISH, &["--data", &body_of(&image(1), "Door"), "-H", &bearer]));
-    engine.until_accepted(1);
+    // A renewed certificate counts from the reload on.
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    fs::write(site.path().join("cert.pem"), made.cert.pem()).unwrap();
+    private(&site.path().join("key.pem"), &made.signing_key.serialize_pem());
+    assert!(site.command(&["reload"]).output().unwrap().status.success());
+    accepted(&curl_at(&how, &base, PUBLISH, &["--data", &body_of(&image(2), "Door"), "-H", &bearer]));
+    engine.until_accepted(2);
     daemon.idle(PATIENCE);
+}
+
+#[test]
+fn e3_a_socket_for_strangers_without_tls_and_an_account_is_refused_and_so_is_an_open_password() {
+    let engine = Engine::start();
+    let strangers = site(&engine, "listen = \"0.0.0.0:0\"\n---");
+    strangers.write_config();
+    let output = strangers.command(&["run"]).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    let missing = "push.listen: `0.0.0.0:0` can be reached from the network, but missing: username, password_file, tls_cert_file, tls_key_file";
+    assert!(text.contains(missing), "{text}");
+
+    let open = site(&engine, "username = \"cameras\"\npassword_file = \"push-password\"\n---");
+    let password = open.path().join("push-password");
+    fs::write(&password, "secret").unwrap();
+    fs::set_permissions(&password, Permissions::from_mode(0o644)).unwrap();
+    open.write_config();
+    let output = open.command(&["run"]).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    assert!(text.contains("push.password_file: ") && text.contains("can be read or changed by other users"), "{text}");
 }
 
 #[test]

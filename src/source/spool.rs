@@ -7,6 +7,7 @@
 //!
 //! Not here: the senders and what they are answered (`push`, `mqtt`).
 
+mod image;
 mod index;
 mod record;
 mod store;
@@ -18,7 +19,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use bytesize::ByteSize;
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -27,6 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::image::{Flaw, Image};
 use self::index::{Index, News};
 use self::record::Meta;
 use self::store::{Spot, Store};
@@ -85,11 +86,7 @@ pub(super) struct Arrival {
     /// What its source calls it.
     pub name: String,
     /// The image.
-    pub image: Bytes,
-    /// Whether `image` is base64 that `encode::body::decode` took and whose image is whole.
-    pub base64: bool,
-    /// Size of the image itself.
-    pub image_bytes: u64,
+    pub image: Image,
 }
 
 /// Why a frame is not kept: nobody may be told that we have it.
@@ -323,9 +320,9 @@ impl Spool {
         while puts.peek().is_some() {
             let (mut group, mut bytes) = (Vec::new(), 0);
             while let Some(put) =
-                puts.next_if(|put| bytes == 0 || bytes + put.arrival.image.len() as u64 <= GROUP_BYTES_MAX)
+                puts.next_if(|put| bytes == 0 || bytes + put.arrival.image.bytes.len() as u64 <= GROUP_BYTES_MAX)
             {
-                bytes += put.arrival.image.len() as u64;
+                bytes += put.arrival.image.bytes.len() as u64;
                 group.push(put);
             }
             self.keep_group(group).await;
@@ -346,7 +343,7 @@ impl Spool {
         let (mut bytes, mut fit, mut records) = (0, Vec::new(), Vec::new());
         for put in group {
             let meta = serde_json::to_vec(&put.meta()).map_err(io::Error::other)?;
-            let record = record::HEAD_BYTES + meta.len() + put.arrival.image.len();
+            let record = record::HEAD_BYTES + meta.len() + put.arrival.image.bytes.len();
             if room == 0 || !store.has_room(bytes + record as u64) {
                 if self.no_room_for.swap(record as u64, Ordering::Relaxed) == 0 {
                     tracing::warn!(
@@ -360,7 +357,7 @@ impl Spool {
             }
             room -= 1;
             bytes += record as u64;
-            records.push((meta, put.arrival.image.clone()));
+            records.push((meta, put.arrival.image.bytes.clone()));
             fit.push(put);
         }
         if fit.is_empty() {
@@ -561,8 +558,8 @@ impl Put {
             source: it.source.as_str().into(),
             entry: it.entry.to_string(),
             name: it.name.clone(),
-            base64: it.base64,
-            image_bytes: it.image_bytes,
+            base64: it.image.base64,
+            image_bytes: it.image.size,
         }
     }
 }

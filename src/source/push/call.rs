@@ -18,12 +18,11 @@ use tokio::time::{Instant, timeout_at};
 
 use super::answer::{self, Answer};
 use super::{Door, Route, request_bytes_max};
-use crate::encode::{body, image};
 use crate::frame::SourceKind;
 use crate::secret::Secret;
 use crate::source::believable;
 use crate::source::message::{self, Flaw, Image, Known};
-use crate::source::spool::{Arrival, Refused};
+use crate::source::spool::{self, Arrival, Refused};
 
 /// For the whole body of a request.
 const BODY_MAX: Duration = Duration::from_secs(30);
@@ -39,13 +38,6 @@ const PREFIX: &str = "/identities";
 
 /// An answer that ends a call early; boxed, since most never do.
 type Refusal = Box<Answer>;
-
-/// An image that was looked at.
-struct Checked {
-    kept: Bytes,
-    base64: bool,
-    image_bytes: u64,
-}
 
 /// A body in memory, with its room there.
 struct Body {
@@ -134,7 +126,7 @@ async fn publish(door: &Door, headers: &HeaderMap, body: &mut Incoming, peer: &s
     let_in(door, headers)?;
     let body = read(door, headers, body, request_bytes_max(door.max_frame)).await?;
     let (image, known) = message::json(&body.bytes).map_err(|flaw| Refusal::from(answer::wrong(&flaw)))?;
-    let image = checked(door, &body.bytes, &image)?;
+    let image = look(door, &body.bytes, &image)?;
     keep(door, known, peer, image).await
 }
 
@@ -149,7 +141,7 @@ async fn publish_raw(
     let_in(door, headers)?;
     let known = known_of(headers, detector).map_err(|flaw| Refusal::from(answer::wrong(&flaw)))?;
     let body = read(door, headers, body, door.max_frame).await?;
-    let image = checked(door, &body.bytes, &Image::Raw(&body.bytes))?;
+    let image = look(door, &body.bytes, &Image::Raw(&body.bytes))?;
     keep(door, known, peer, image).await
 }
 
@@ -163,43 +155,15 @@ fn known_of(headers: &HeaderMap, detector: &str) -> Result<Known, Flaw> {
     Known::from_fields(Some(&detector), time.as_deref(), zone.as_deref())
 }
 
-/// Looks at the image before anybody is told that we have it. What is the engine's base64 already stays as it is.
-fn checked(door: &Door, body: &Bytes, image: &Image<'_>) -> Result<Checked, Refusal> {
-    let wrong =
-        |message: &str| -> Refusal { answer::wrong(&Flaw { field: Some("expanded"), message: message.into() }).into() };
-    let mut decoded = Vec::new();
-    let (kept, base64, bytes): (Bytes, bool, &[u8]) = match image {
-        Image::Raw(raw) => (body.slice_ref(raw), false, raw),
-        Image::Base64(text) => {
-            let tidy: Cow<'_, str> = if text.bytes().any(|it| it.is_ascii_whitespace()) {
-                text.split_ascii_whitespace().collect::<String>().into()
-            } else {
-                Cow::Borrowed(text)
-            };
-            decoded.reserve_exact(tidy.len() / 4 * 3);
-            if !body::decode(tidy.as_bytes(), &mut decoded) {
-                return Err(wrong("is not base64: standard alphabet, padded"));
-            }
-            // Borrowed all the way: the request's own bytes.
-            let kept = match (&tidy, text) {
-                (Cow::Borrowed(_), Cow::Borrowed(text)) => body.slice_ref(text.as_bytes()),
-                (Cow::Borrowed(_), Cow::Owned(_)) | (Cow::Owned(_), _) => Bytes::from(tidy.into_owned()),
-            };
-            (kept, true, &decoded)
-        }
-    };
-    if bytes.len() as u64 > door.max_frame {
-        return Err(answer::too_large(door.max_frame).into());
-    }
-    match image::inspect(bytes) {
-        Ok(_) => Ok(Checked { image_bytes: bytes.len() as u64, kept, base64 }),
-        Err(image::Flaw::Truncated(what) | image::Flaw::Unsupported(what)) => {
-            Err(wrong(&format!("is not a whole image: {what}")))
-        }
-    }
+/// Looks at the image before anybody is told that we have it.
+fn look(door: &Door, body: &Bytes, image: &Image<'_>) -> Result<spool::Image, Refusal> {
+    spool::Image::look(image, body, door.max_frame).map_err(|flaw| match flaw {
+        spool::Flaw::TooLarge => answer::too_large(door.max_frame).into(),
+        spool::Flaw::Unusable(message) => answer::wrong(&Flaw { field: Some("expanded"), message }).into(),
+    })
 }
 
-async fn keep(door: &Door, known: Known, peer: &str, image: Checked) -> Result<Answer, Refusal> {
+async fn keep(door: &Door, known: Known, peer: &str, image: spool::Image) -> Result<Answer, Refusal> {
     let routes = door.routes.load_full();
     let (route, detector) =
         route_of(&routes, known.detector_name.as_deref()).map_err(|flaw| Refusal::from(answer::wrong(&flaw)))?;
@@ -215,9 +179,7 @@ async fn keep(door: &Door, known: Known, peer: &str, image: Checked) -> Result<A
         detect_time: detect_time.unwrap_or(received_at),
         received_at,
         name: peer.to_owned(),
-        image: image.kept,
-        base64: image.base64,
-        image_bytes: image.image_bytes,
+        image,
         detector,
     };
     match door.spool.put(arrival).await {

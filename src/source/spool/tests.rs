@@ -1,5 +1,6 @@
 //! The spool with a real directory and a real queue; the test is the engine.
 
+use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::*;
@@ -82,9 +83,11 @@ fn arrival(n: u64, size: usize) -> Arrival {
         detect_time: Timestamp::from_millisecond(1_800_000_000_000 + i64::try_from(n).unwrap()).unwrap(),
         received_at: Timestamp::now(),
         name: format!("request {n}"),
-        image: Bytes::from(vec![u8::try_from(n % 251).unwrap(); size]),
-        base64: n.is_multiple_of(2),
-        image_bytes: size as u64,
+        image: Image {
+            bytes: Bytes::from(vec![u8::try_from(n % 251).unwrap(); size]),
+            base64: n.is_multiple_of(2),
+            size: size as u64,
+        },
     }
 }
 
