@@ -292,6 +292,54 @@ fn d1_killed_again_and_again_under_load_nothing_that_was_answered_200_is_lost() 
 }
 
 #[test]
+fn d3_after_a_power_cut_every_push_that_was_answered_200_is_there() {
+    const TEST: &str = "d3_after_a_power_cut_every_push_that_was_answered_200_is_there";
+    const ROUNDS: u64 = 4;
+    let engine = Engine::start();
+    engine.down();
+    let alive = site(&engine, "");
+    let image_file = alive.path().join("disk.img");
+    let file = image_file.to_str().unwrap();
+    let made = works("truncate", &["-s", "48M", file]) && works("mkfs.ext4", &["-q", "-F", file]);
+    let Some(_disk) = made.then(|| Mount::image(&alive.path().join("spool"), &image_file)).flatten() else {
+        return skipped(TEST, "an ext4 image cannot be made and mounted");
+    };
+    let daemon = alive.run();
+    let socket = alive.path().join("push.sock");
+    let (mut written, mut open) = (Vec::new(), None);
+    // Others push at the same moment, so that the cut comes in the middle of something.
+    let others = Pushers::start(&socket, 2, &Arc::new(AtomicU64::new(1 << 20)));
+    for round in 0..ROUNDS {
+        for n in round * 30..(round + 1) * 30 {
+            eventually("it is answered 200", PATIENCE, || {
+                (answer_of(&socket, &mut open, &body_of(&image(n), "Door")) == Some(200)).then_some(())
+            });
+            written.push(hash(&image(n)));
+        }
+        // What the disk has at this moment: nothing is written by the daemon while it is copied.
+        daemon.signal(rustix::process::Signal::STOP);
+        let other_engine = Engine::start();
+        let cut = site(&other_engine, "");
+        let copy = cut.path().join("disk.img");
+        assert!(works("cp", &["--sparse=always", file, copy.to_str().unwrap()]));
+        daemon.signal(rustix::process::Signal::CONT);
+        let Some(_disk) = Mount::image(&cut.path().join("spool"), &copy) else {
+            others.finish();
+            return skipped(TEST, "the copy cannot be mounted");
+        };
+        let mut next_life = cut.run();
+        accepted(&push(&cut, &image(9999), "Door"));
+        next_life.idle(PATIENCE);
+        let arrived = support::engine::arrivals(&[&other_engine]);
+        let lost = written.iter().filter(|hash| !arrived.contains_key(*hash)).count();
+        assert_eq!(lost, 0, "of {} in round {round}", written.len());
+        other_engine.contract_held();
+        assert!(next_life.stop().success());
+    }
+    others.finish();
+}
+
+#[test]
 fn d2_killed_at_a_write_a_sync_or_a_removal_of_the_spool_nothing_that_was_answered_200_is_lost() {
     if !works("strace", &["-f", "-e", "trace=fsync", "true"]) {
         return skipped("d2_killed_at_a_write_a_sync_or_a_removal…", "strace cannot trace");
