@@ -12,6 +12,7 @@ mod token;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -117,6 +118,11 @@ impl Server {
     fn has_tls(&self) -> bool {
         self.tls_cert_file.is_some() && self.tls_key_file.is_some()
     }
+
+    /// Whether strangers may reach it.
+    fn is_guarded(&self) -> bool {
+        self.has_tls() && self.has_credentials()
+    }
 }
 
 /// What the daemon hands to the server, and what entries ask it.
@@ -134,6 +140,8 @@ pub struct Door {
     trouble: Mutex<Option<String>>,
     /// Where it listens, while it does.
     address: Mutex<Option<String>>,
+    /// Whether that can be reached from the network.
+    for_strangers: AtomicBool,
 }
 
 /// Where secret and CA files are now.
@@ -165,13 +173,13 @@ impl Door {
             memory: Arc::new(Semaphore::new(usize::try_from(memory).unwrap_or(Semaphore::MAX_PERMITS))),
             trouble: Mutex::new(Some("not listening yet".into())),
             address: Mutex::default(),
+            for_strangers: AtomicBool::new(false),
         })
     }
 
-    /// Credentials, certificates and entries of now. Where it listens stays as it is.
+    /// Credentials, certificates and entries of now. Where it listens stays as it is until a restart; whoever wants that
+    /// changed gets the credentials changed with it, for those of another place may be none.
     pub fn reconfigure(&self, config: &Server, entries: &[Arc<Entry>]) {
-        let listen = self.config.load().listen.clone();
-        self.config.store(Arc::new(Server { listen, ..config.clone() }));
         let route = |entry: &Arc<Entry>| {
             let pushed = matches!(entry.source, SourceConfig::Push(_));
             // The configuration was checked before.
@@ -179,7 +187,19 @@ impl Door {
             Some(Route { entry: entry.clone(), name })
         };
         self.routes.store(Arc::new(entries.iter().filter_map(route).collect()));
-        if self.acceptor.load().is_some()
+        if config.listen != self.config.load().listen {
+            return;
+        }
+        if self.for_strangers.load(Ordering::Relaxed) && !config.is_guarded() {
+            tracing::error!(
+                "the socket for pushes can be reached from the network: it keeps its account and certificate until a restart"
+            );
+            return;
+        }
+        self.config.store(Arc::new(config.clone()));
+        if !config.has_tls() {
+            self.acceptor.store(None);
+        } else if self.address().is_some()
             && let Err(error) = self.read_certificate()
         {
             tracing::error!("the certificate for pushes is not taken anew, the old one goes on: {error:#}");
@@ -241,5 +261,60 @@ pub async fn run(around: Surroundings) {
     }
     if let Some(counts) = counts {
         counts.up(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{queue, source::spool};
+
+    fn server(listen: &str, guarded: bool) -> Server {
+        let file = |name: &str| guarded.then(|| PathBuf::from(name));
+        Server {
+            listen: Some(listen.into()),
+            username: guarded.then(|| "cameras".into()),
+            password_file: file("password"),
+            tls_cert_file: file("cert"),
+            tls_key_file: file("key"),
+        }
+    }
+
+    #[test]
+    fn e3_no_reload_takes_the_account_from_a_socket_that_strangers_reach() {
+        let metrics = Metrics::new();
+        let (intake, _outlet) = queue::queue(1, &metrics);
+        let (spool, _inbox) = Spool::new(&spool::Config::default(), intake, metrics.clone());
+        let door = |config: &Server| Door::new(config, Arc::new(Path::to_owned), spool.clone(), metrics.clone(), 1);
+        // It would listen on loopback after a restart, and needs no account there.
+        let network = door(&server("0.0.0.0:5009", true));
+        network.reconfigure(&server("127.0.0.1:5009", false), &[]);
+        assert!(network.config.load().is_guarded());
+        // What systemd listens on is known only when it is handed over.
+        let handed_over = door(&server("systemd", true));
+        handed_over.for_strangers.store(true, Ordering::Relaxed);
+        handed_over.reconfigure(&server("systemd", false), &[]);
+        assert!(handed_over.config.load().is_guarded());
+        let local = door(&server("127.0.0.1:5009", true));
+        local.reconfigure(&server("127.0.0.1:5009", false), &[]);
+        assert!(!local.config.load().is_guarded());
+    }
+
+    #[test]
+    fn places_to_listen() {
+        for (text, found) in [
+            ("127.0.0.1:5009", Some((Listen::Tcp(([127, 0, 0, 1], 5009).into()), true))),
+            ("0.0.0.0:1", Some((Listen::Tcp(([0, 0, 0, 0], 1).into()), false))),
+            ("unix:/run/push.sock", Some((Listen::Unix("/run/push.sock".into()), true))),
+            ("systemd", Some((Listen::Systemd, true))),
+            ("unix:push.sock", None),
+            ("localhost:5009", None),
+            ("", None),
+        ] {
+            let got = Listen::parse(text).ok().map(|listen| (listen.clone(), listen.is_local()));
+            assert_eq!(got, found, "{text}");
+        }
+        assert!(Listen::parse("[::ffff:127.0.0.1]:1").unwrap().is_local());
+        assert!(!Listen::parse("[::]:1").unwrap().is_local());
     }
 }

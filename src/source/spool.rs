@@ -46,6 +46,9 @@ const GROUP_BYTES_MAX: u64 = 8 << 20;
 const SETTLE_MAX: usize = 1024;
 /// Frames held. Each takes about 200 bytes of memory.
 const FRAMES_MAX: usize = 500_000;
+/// What a source calls a frame is kept up to so many characters: with detector, entry and zone it stays far below what a
+/// record's head may be.
+const NAME_CHARS_MAX: usize = 1000;
 /// Between two looks at the disk while it is in trouble, and at frames that were given back.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Bytes written and synced to find out whether the disk works again.
@@ -557,7 +560,7 @@ impl Put {
             received_at: it.received_at,
             source: it.source.as_str().into(),
             entry: it.entry.to_string(),
-            name: it.name.clone(),
+            name: it.name.chars().take(NAME_CHARS_MAX).collect(),
             base64: it.image.base64,
             image_bytes: it.image.size,
         }

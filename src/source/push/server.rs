@@ -10,6 +10,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -156,8 +157,9 @@ async fn open(door: &Door, inherited: &mut Option<Inherited>) -> anyhow::Result<
     };
     if let Socket::Tcp(tcp) = &socket {
         let address = tcp.local_addr()?;
-        let guarded = config.has_tls() && config.has_credentials();
-        if !guarded && !is_loopback(&address) {
+        let strangers = !is_loopback(&address);
+        door.for_strangers.store(strangers, Ordering::Relaxed);
+        if strangers && !config.is_guarded() {
             bail!(
                 "{address} can be reached from the network: write push.username, password_file, tls_cert_file and tls_key_file, or a loopback address"
             );

@@ -147,6 +147,22 @@ async fn what_was_not_settled_is_there_in_the_next_life_with_its_id_and_without_
 }
 
 #[tokio::test]
+async fn the_longest_names_are_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    let life = Life::begin(&config, &[]).await;
+    let longest = Arrival {
+        entry: "\"".repeat(255).into(),
+        detector: "\\".repeat(255),
+        name: "\u{7}".repeat(65_535),
+        ..arrival(1, 10)
+    };
+    life.spool.put(longest).await.unwrap();
+    life.end().await;
+    assert_eq!(list(&config.directory, &Which::default()).unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn what_comes_while_the_disk_syncs_is_synced_together_and_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
