@@ -125,15 +125,14 @@ impl Store {
         };
         let mut found = store.recover()?;
         // A crash while a segment was copied leaves some frames twice: the later one counts.
-        let mut newest: HashMap<String, u64> = HashMap::new();
-        for (meta, spot) in &found {
-            newest.insert(meta.id.clone(), spot.segment);
-        }
-        let (keep, twice): (Found, Found) =
-            found.drain(..).partition(|(meta, spot)| newest.get(&meta.id) == Some(&spot.segment));
-        store.settle(&twice.into_iter().map(|(_, spot)| spot).collect::<Vec<_>>())?;
+        let newest: HashMap<&str, u64> = found.iter().map(|(meta, spot)| (meta.id.as_str(), spot.segment)).collect();
+        let twice: Vec<bool> = found.iter().map(|(meta, spot)| newest[meta.id.as_str()] != spot.segment).collect();
+        let mut is_twice = twice.into_iter();
+        let older = found.extract_if(.., |_| is_twice.next() == Some(true));
+        let older: Vec<Spot> = older.map(|(_, spot)| spot).collect();
+        store.settle(&older)?;
         store.settle(&[])?;
-        Ok((store, keep))
+        Ok((store, found))
     }
 
     /// A new bound.
