@@ -7,6 +7,7 @@ mod doctor;
 mod publish;
 mod run;
 mod simulate_engine;
+mod spool;
 mod status;
 
 use std::io::{self, Write as _};
@@ -66,6 +67,8 @@ enum Command {
     Publish(publish::Args),
     /// Look at, retry or remove frames that could not be published
     DeadLetter(DeadLetterArgs),
+    /// Look at or remove frames that wait in the spool: pushed, or taken from a topic
+    Spool(SpoolArgs),
     /// Show all of it at work on this machine, without credentials
     Demo(demo::Args),
     /// Run the stand-in engine alone
@@ -88,6 +91,14 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         directory: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct SpoolArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    args: spool::Args,
 }
 
 #[derive(Debug, clap::Args)]
@@ -124,6 +135,10 @@ impl Command {
             Command::Publish(args) => publish::run(&args),
             Command::DeadLetter(DeadLetterArgs { config, args }) => match load(&config.config) {
                 Ok(loaded) => dead_letter::run(&args, &loaded.settings),
+                Err(code) => Ok(code),
+            },
+            Command::Spool(SpoolArgs { config, args }) => match load(&config.config) {
+                Ok(loaded) => spool::run(&args, &loaded.settings),
                 Err(code) => Ok(code),
             },
             Command::Demo(args) => demo::run(&args),

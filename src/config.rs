@@ -51,6 +51,12 @@ pub struct Settings {
     /// Where frames go that the engine will never take.
     #[serde(default)]
     pub dead_letter: settle::dead_letter::Config,
+    /// Where frames wait that are acknowledged before they are published.
+    #[serde(default)]
+    pub spool: source::spool::Config,
+    /// Frames pushed over HTTP.
+    #[serde(default)]
+    pub push: source::push::Server,
     /// Metrics, health, status and control.
     #[serde(default)]
     pub admin: admin::Config,
@@ -289,7 +295,9 @@ fn follows_from(problem: &Problem, known: &[Problem]) -> bool {
     known.iter().filter(|it| owner(it) == owner(problem)).any(|it| {
         let meant = it.right.strip_prefix("did you mean `").and_then(|rest| rest.strip_suffix("`?"));
         let last = it.key.rsplit('.').next().unwrap_or_default();
+        // An entry without a source is checked as if it were pushed.
         it.key == problem.key
+            || it.key.ends_with(']') && problem.key == format!("{}.push", it.key)
             || [Some(last), meant].into_iter().flatten().any(|name| {
                 let name = name.split('[').next().unwrap_or(name);
                 let mentioned = |text: &str| text.contains(&format!("{name}`"));

@@ -21,6 +21,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::source::spool::Which;
+
 /// Bytes of a request's line.
 const REQUEST_MAX: u64 = 64 << 10;
 /// Bytes of an answer's line: the status of a thousand detectors and more.
@@ -42,6 +44,11 @@ pub enum Request {
     Status,
     /// Dead letters were removed or retried: count those that are left.
     CountDeadLetters,
+    /// Remove frames from the spool for good.
+    PurgeSpool {
+        /// Which.
+        which: Which,
+    },
 }
 
 /// What came of it.

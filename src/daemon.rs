@@ -29,6 +29,8 @@ use crate::pipeline::{self, Stages};
 use crate::publish::{self, EngineStatus, Publisher, State};
 use crate::queue::{self, Intake};
 use crate::settle::dead_letter::DeadLetters;
+use crate::source::push::{self, Door};
+use crate::source::spool::{self, Spool};
 use crate::source::{self, Entry, Health, directory};
 use crate::{admin, control, log};
 
@@ -46,6 +48,8 @@ const AWAY_LOOKS: u32 = 4;
 /// Open files that are neither the engine's connections nor a source's: standard streams, the runtime, listeners (fourteen when
 /// idle), and the images, scrapes and commands of the moment.
 const OPEN_FILES_RESERVED: u64 = 18;
+/// A purge of the spool may take this long before whoever asked is told to look again.
+const PURGE_MAX: Duration = Duration::from_secs(10);
 /// Control requests that may wait for the daemon's turn.
 const REQUESTS_MAX: usize = 16;
 
@@ -89,6 +93,15 @@ struct Shared {
     sources: Mutex<Vec<(Arc<Entry>, Health)>>,
     history: History,
     watchdog: Arc<Watchdog>,
+    queues: Mutex<Queues>,
+}
+
+/// What several entries share. Once there, it lives as long as the daemon: what a spool holds is published whatever the
+/// configuration says later.
+#[derive(Clone, Default)]
+struct Queues {
+    spool: Option<Arc<Spool>>,
+    push: Option<Arc<Door>>,
 }
 
 /// One running source.
@@ -111,6 +124,14 @@ pub struct Status {
     pub detectors: Vec<DetectorStatus>,
     pub dead_letters: u64,
     pub dead_letter_bytes: u64,
+    /// Frames in the spool, and what they take on disk.
+    #[serde(default)]
+    pub spool_frames: u64,
+    #[serde(default)]
+    pub spool_bytes: u64,
+    /// Where frames can be pushed; `null` while they cannot.
+    #[serde(default)]
+    pub push: Option<String>,
 }
 
 /// One `[[detectors]]` entry in `/status`.
@@ -118,7 +139,8 @@ pub struct Status {
 #[expect(missing_docs, reason = "the field names are the documentation of the JSON")]
 pub struct SourceStatus {
     pub name: String,
-    pub path: PathBuf,
+    /// Where its frames come from: a directory's path, a queue's address without secrets.
+    pub place: String,
     /// Why it cannot deliver; `null` while it can.
     pub held: Option<String>,
 }
@@ -166,6 +188,7 @@ impl Daemon {
             sources: Mutex::default(),
             history: History::default(),
             watchdog: watchdog.clone(),
+            queues: Mutex::default(),
         });
         let stages =
             Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
@@ -208,6 +231,8 @@ impl Daemon {
             requests,
         };
         daemon.start_retries();
+        let settings = daemon.settings.clone();
+        daemon.share(&settings)?;
         for entry in daemon.settings.detectors.clone() {
             daemon.start_source(entry);
         }
@@ -247,7 +272,7 @@ impl Daemon {
                 Some(()) = reload.recv() => { self.reload_from_file(); }
                 request = self.requests.recv(), if control_open => match request {
                     Some((request, reply)) => {
-                        let answer = self.answer(&request);
+                        let answer = self.answer(request).await;
                         // Whoever asked may have gone; the work is done all the same.
                         drop(reply.send(answer));
                     }
@@ -316,19 +341,60 @@ impl Daemon {
         tracing::info!("stopped");
     }
 
+    /// Starts what several entries share, if one of them needs it, and tells what is there of these settings.
+    fn share(&mut self, settings: &Settings) -> anyhow::Result<()> {
+        let entries: Vec<_> = settings.detectors.iter().cloned().map(Arc::new).collect();
+        let mut queues = self.shared.queues();
+        let wanted = entries.iter().any(|entry| spool::serves(entry));
+        if queues.spool.is_none() && (wanted || spool::holds_frames(&settings.spool.directory)) {
+            let (spool, inbox) = Spool::new(&settings.spool, self.intake.clone(), self.shared.metrics.clone());
+            self.source_tasks.spawn(spool::run(spool.clone(), inbox, self.stop_pipeline.child_token()));
+            queues.spool = Some(spool);
+        }
+        if let Some(spool) = &queues.spool {
+            spool.reconfigure(&settings.spool, &entries);
+        }
+        let pushed = entries.iter().any(|entry| matches!(entry.source, source::Config::Push(_)));
+        if let (None, Some(listen), Some(spool), true) = (&queues.push, &settings.push.listen, &queues.spool, pushed) {
+            let inherited = match push::Listen::parse(listen) {
+                Ok(push::Listen::Systemd) => Some(push::take_inherited()?),
+                Ok(push::Listen::Tcp(_) | push::Listen::Unix(_)) | Err(_) => None,
+            };
+            let places = settings.secret_places.clone();
+            let files = Arc::new(move |file: &Path| places.resolve(file));
+            let max_frame = settings.encode.max_frame.as_u64();
+            let door = Door::new(&settings.push, files, spool.clone(), self.shared.metrics.clone(), max_frame);
+            // Before the first request can come.
+            door.reconfigure(&settings.push, &entries);
+            self.source_tasks.spawn(push::serve(door.clone(), inherited, self.stop_pipeline.child_token()));
+            queues.push = Some(door);
+        }
+        if let Some(door) = &queues.push {
+            door.reconfigure(&settings.push, &entries);
+        }
+        *self.shared.queues.lock().unwrap_or_else(PoisonError::into_inner) = queues;
+        Ok(())
+    }
+
     fn start_source(&mut self, entry: Entry) {
         let entry = Arc::new(entry);
         let health = Health::default();
         let stop = CancellationToken::new();
-        self.source_tasks.spawn(directory::run(
-            entry.clone(),
-            self.intake.clone(),
-            self.shared.metrics.clone(),
-            self.settings.encode.max_frame.as_u64(),
-            health.clone(),
-            self.unsettled.clone(),
-            stop.clone(),
-        ));
+        let places = self.settings.secret_places.clone();
+        let Queues { spool, push } = self.shared.queues();
+        let around = source::Surroundings {
+            entry: entry.clone(),
+            intake: self.intake.clone(),
+            metrics: self.shared.metrics.clone(),
+            unsettled: self.unsettled.clone(),
+            max_frame: self.settings.encode.max_frame.as_u64(),
+            health: health.clone(),
+            spool,
+            push,
+            files: Arc::new(move |file| places.resolve(file)),
+            stop: stop.clone(),
+        };
+        self.source_tasks.spawn(source::serve(around));
         self.sources.push(Source { entry, health, stop });
         self.publish_sources();
     }
@@ -347,7 +413,7 @@ impl Daemon {
         *self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
 
-    fn answer(&mut self, request: &Request) -> Answer {
+    async fn answer(&mut self, request: Request) -> Answer {
         match request {
             Request::Reload => self.reload_from_file(),
             Request::Status => match serde_json::to_value(self.shared.status()) {
@@ -358,6 +424,16 @@ impl Daemon {
                 self.shared.dead_letters.changed();
                 Answer::done("", serde_json::Value::Null)
             }
+            Request::PurgeSpool { which } => self.purge_spool(which).await,
+        }
+    }
+
+    async fn purge_spool(&self, which: spool::Which) -> Answer {
+        let Some(spool) = self.shared.queues().spool else { return Answer::refused("this daemon has no spool") };
+        match tokio::time::timeout(PURGE_MAX, spool.purge(which)).await {
+            Ok(Ok(purged)) => Answer::done("", serde_json::json!(purged)),
+            Ok(Err(why)) => Answer::refused(why),
+            Err(_) => Answer::refused("the spool's disk is slow: look again with `framegate spool list`"),
         }
     }
 
@@ -410,6 +486,7 @@ impl Daemon {
         }
         self.shared.dead_letters.reconfigure(new.dead_letter.max_size, new.dead_letter.max_age);
         self.intake.set_budget(new.encode.memory.as_u64());
+        self.share(&new)?;
         let (gone, kept): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.sources).into_iter().partition(|source| !new.detectors.contains(&source.entry));
         self.sources = kept;
@@ -456,6 +533,10 @@ fn tell_ceiling(settings: &Settings) {
 }
 
 impl Shared {
+    fn queues(&self) -> Queues {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn sources(&self) -> Vec<(Arc<Entry>, Health)> {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -464,6 +545,8 @@ impl Shared {
         let sources = self.sources();
         let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
+        let Queues { spool, push } = self.queues();
+        let (spool_frames, spool_bytes) = spool.map_or((0, 0), |spool| spool.totals());
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -474,6 +557,9 @@ impl Shared {
             detectors,
             dead_letters,
             dead_letter_bytes,
+            spool_frames,
+            spool_bytes,
+            push: push.and_then(|door| door.address()),
         }
     }
 
@@ -488,7 +574,7 @@ impl Shared {
     }
 
     fn source_status(entry: &Entry, health: &Health) -> SourceStatus {
-        SourceStatus { name: entry.name.clone(), path: entry.directory.path.clone(), held: health.held() }
+        SourceStatus { name: entry.name.clone(), place: entry.place(), held: health.held() }
     }
 
     /// What the status page shows.
@@ -509,9 +595,7 @@ impl Shared {
             last_frame: detector.counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
             published: detector.counts.published,
         };
-        let held = |source: &SourceStatus| {
-            Some((source.name.clone(), source.path.display().to_string(), source.held.clone()?))
-        };
+        let held = |source: &SourceStatus| Some((source.name.clone(), source.place.clone(), source.held.clone()?));
         page::Shown {
             version: status.version,
             uptime: self.started.elapsed(),
@@ -553,6 +637,12 @@ fn view(shared: &Arc<Shared>) -> admin::View {
             let mut reasons: Vec<_> = ready.sources().iter().filter_map(not_ready).collect();
             if let Err(error) = ready.dead_letters.usable() {
                 reasons.push(format!("dead_letter.directory: {error}"));
+            }
+            // Where an entry uses it, that says so already.
+            if let Some(why) = ready.queues().spool.and_then(|spool| spool.held())
+                && !reasons.iter().any(|reason| reason.ends_with(&why))
+            {
+                reasons.push(why);
             }
             reasons
         }),

@@ -157,6 +157,11 @@ fn encode(take: Take, buffer: &mut Vec<u8>, build: impl FnOnce(&Frame, &[u8]) ->
             Ok(Err(flaw)) => (frame, receipt, refusal(flaw)),
             Err(_) => (frame, receipt, refuse(Reason::InternalError, "framegate failed while encoding this image")),
         },
+        // Nothing in here can fail but the allocation.
+        Ok(Taken::Base64(frame, receipt)) => {
+            let body = Body::of_base64(&frame, buffer);
+            return Encoded::Ready { frame, body, receipt };
+        }
         Ok(Taken::Flawed(frame, receipt, refusal)) => (frame, receipt, refusal),
         Ok(Taken::Gone) => return Encoded::Gone,
         Err(_) => {

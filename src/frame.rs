@@ -54,23 +54,44 @@ pub enum SourceKind {
     /// A dead letter that was sent back to be published: the `source` label of `frames_received_total` only; the frame
     /// itself goes on saying where it first came from.
     Retry,
+    /// Pushed to us over HTTP.
+    Push,
+    /// An MQTT topic.
+    Mqtt,
+    /// A Redis stream.
+    Redis,
+    /// A NATS `JetStream` consumer.
+    Nats,
 }
 
 impl SourceKind {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [SourceKind; 7] = [
+        SourceKind::Directory,
+        SourceKind::CommandLine,
+        SourceKind::Retry,
+        SourceKind::Push,
+        SourceKind::Mqtt,
+        SourceKind::Redis,
+        SourceKind::Nats,
+    ];
+
     /// The label's value.
     pub fn as_str(self) -> &'static str {
         match self {
             SourceKind::Directory => "directory",
             SourceKind::CommandLine => "command-line",
             SourceKind::Retry => "retry",
+            SourceKind::Push => "push",
+            SourceKind::Mqtt => "mqtt",
+            SourceKind::Redis => "redis",
+            SourceKind::Nats => "nats",
         }
     }
 
     /// Takes back what [`SourceKind::as_str`] gave.
     pub fn parse(text: &str) -> Option<Self> {
-        [SourceKind::Directory, SourceKind::CommandLine, SourceKind::Retry]
-            .into_iter()
-            .find(|kind| kind.as_str() == text)
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
 }
 

@@ -45,7 +45,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     (
         "frames_dropped_total",
         C,
-        "Frames dropped by a policy that was switched on, or taken away from the drop directory by somebody else, by reason.",
+        "Frames dropped by a policy that was switched on, taken away from the drop directory by somebody else, or purged from the spool by an operator, by reason.",
     ),
     (
         "frames_returned_total",
@@ -88,6 +88,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("dead_letters", G, "Dead letters kept."),
     ("dead_letter_bytes", G, "Bytes that the dead letters take."),
     ("dead_letters_purged_total", C, "Dead letters removed to keep the bounds, by reason: age or size."),
+    ("spool_frames", G, "Frames in the spool: pushed or taken from a topic, and not yet settled."),
+    ("spool_bytes", G, "Bytes that the spool takes on disk."),
+    ("spool_max_bytes", G, "spool.max_size: bytes that the spool may take."),
+    ("spool_syncs_total", C, "Groups of frames that were made durable together."),
+    ("push_answers_total", C, "Answers of the push server, by status code."),
     ("config_reloads_total", C, "Reloads of the configuration, by result."),
     ("config_last_reload_success_timestamp_seconds", G, "When a configuration was last applied."),
     ("build_info", G, "1, with the version."),
@@ -276,7 +281,7 @@ pub struct DetectorCounts {
 
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
-    received: [Counter; 3],
+    received: [Counter; SourceKind::ALL.len()],
     dead_lettered: Vec<(Reason, Counter)>,
     dropped: Vec<(&'static str, Counter)>,
     refused: Vec<(&'static str, Counter)>,
@@ -284,7 +289,7 @@ struct RecorderParts {
 }
 
 /// The reasons of `frames_dropped_total`.
-pub const DROP_REASONS: [&str; 2] = ["max-age", "vanished"];
+pub const DROP_REASONS: [&str; 3] = ["max-age", "vanished", "purged"];
 /// The reasons of `frames_refused_total`.
 pub const REFUSAL_REASONS: [&str; 10] = [
     "symlink",
@@ -312,7 +317,7 @@ impl DetectorMetrics {
         let source = |kind: SourceKind| counter("frames_received_total", Some(("source", kind.as_str())));
         Self {
             recorder: RecorderParts {
-                received: [SourceKind::Directory, SourceKind::CommandLine, SourceKind::Retry].map(source),
+                received: SourceKind::ALL.map(source),
                 dead_lettered: Reason::ALL
                     .map(|r| (r, counter("frames_dead_lettered_total", Some(("reason", r.as_str())))))
                     .into(),
@@ -340,12 +345,7 @@ impl DetectorMetrics {
 
     /// `n` frames were accepted from `source`.
     pub fn received(&self, source: SourceKind, n: u64) {
-        let handle = match source {
-            SourceKind::Directory => &self.recorder.received[0],
-            SourceKind::CommandLine => &self.recorder.received[1],
-            SourceKind::Retry => &self.recorder.received[2],
-        };
-        handle.increment(n);
+        self.recorder.received[source as usize].increment(n);
         self.counts.received.fetch_add(n, Ordering::Relaxed);
         self.add_pending(i64::try_from(n).unwrap_or(0));
         let now = Timestamp::now();

@@ -54,6 +54,9 @@ pub type Take = Box<dyn FnOnce(&mut Vec<u8>) -> Taken + Send>;
 pub enum Taken {
     /// The frame is claimed and its image is in the buffer.
     Frame(Frame, Receipt),
+    /// The frame is claimed and its image is in the buffer as the base64 that the engine wants, which its source has
+    /// checked: of a whole image, standard alphabet, padded.
+    Base64(Frame, Receipt),
     /// The frame is claimed, but it is no image that can be published (the bytes, if any, are in the buffer).
     Flawed(Frame, Receipt, crate::settle::Refusal),
     /// Nothing to do: it vanished, is not finished, or the source has dealt with it.

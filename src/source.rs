@@ -3,22 +3,38 @@
 //! Not here: what happens to a frame between its claim and its settlement.
 
 pub mod directory;
+mod lanes;
+mod message;
+pub mod mqtt;
+mod name;
+pub mod nats;
+pub mod push;
+pub mod redis;
 pub mod retry;
+pub mod spool;
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+pub use self::name::{Placeholders, Template};
+use crate::metrics::Metrics;
+use crate::queue::Intake;
 
 /// Open files that an entry keeps: its directory, the hidden one, its lock, its claims, inotify; and one more while it scans.
 pub const OPEN_FILES_PER_ENTRY: u64 = 6;
 
 /// One `[[detectors]]` entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(try_from = "Written", into = "Written")]
+#[schemars(with = "Written")]
 pub struct Entry {
-    /// The engine's `detectorName`. May hold `{path.0}`, `{path.1}`, …: the first, second, … directory below `path`.
+    /// The engine's `detectorName`, perhaps with placeholders.
     pub name: String,
     /// IANA time zone of the detector.
     pub time_zone: String,
@@ -29,18 +45,163 @@ pub struct Entry {
     /// Which waiting frame goes first.
     pub order: Order,
     /// Frames older than this are dropped, and counted; 0 means never.
+    pub max_age: Duration,
+    /// Say so when no frame came for this long.
+    pub silence_alarm: Option<Duration>,
+    /// Where its frames come from.
+    pub source: Config,
+}
+
+/// Where an entry's frames come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Config {
+    /// Files in a drop directory.
+    Directory(directory::Config),
+    /// Frames that others push over HTTP.
+    Push(push::Config),
+    /// An MQTT topic.
+    Mqtt(mqtt::Config),
+    /// A Redis stream, read as one of a consumer group.
+    Redis(redis::Config),
+    /// A NATS `JetStream` consumer.
+    Nats(nats::Config),
+}
+
+impl Config {
+    /// The key that stands for it in an entry: one of [`SOURCE_KEYS`].
+    pub fn key(&self) -> &'static str {
+        match self {
+            Config::Directory(_) => "directory",
+            Config::Push(_) => "push",
+            Config::Mqtt(_) => "mqtt",
+            Config::Redis(_) => "redis",
+            Config::Nats(_) => "nats",
+        }
+    }
+
+    /// What a detector's name may hold with this source.
+    pub fn placeholders(&self) -> Placeholders {
+        match self {
+            Config::Directory(_) => Placeholders {
+                levels: Some("path"),
+                fields: &[],
+                hint: "a directory's detector knows {path.0}, {path.1} and so on: the directories below its path",
+            },
+            Config::Push(_) => Placeholders {
+                levels: None,
+                fields: &["detectorName"],
+                hint: "a pushed frame's detector knows {detectorName}: what the frame names",
+            },
+            Config::Mqtt(_) => Placeholders {
+                levels: Some("topic"),
+                fields: &["field.detectorName"],
+                hint: "a topic's detector knows {topic.0}, {topic.1} and so on: the topic's levels; and {field.detectorName}",
+            },
+            Config::Redis(_) => Placeholders {
+                levels: None,
+                fields: &["field.detectorName"],
+                hint: "a stream's detector knows {field.detectorName}: the entry's own field",
+            },
+            Config::Nats(_) => Placeholders {
+                levels: Some("subject"),
+                fields: &["field.detectorName"],
+                hint: "a subject's detector knows {subject.0}, {subject.1} and so on: the subject's parts; and {field.detectorName}",
+            },
+        }
+    }
+}
+
+/// What a source of messages works with.
+pub struct Surroundings {
+    /// Its entry.
+    pub entry: Arc<Entry>,
+    /// Where it registers its lines.
+    pub intake: Intake,
+    /// Where it counts.
+    pub metrics: Arc<Metrics>,
+    /// Larger images become dead letters, bytes.
+    pub max_frame: u64,
+    /// Where it says how it is.
+    pub health: Health,
+    /// What former sources of drop directories could not settle.
+    pub unsettled: directory::Unsettled,
+    /// Where frames wait that are acknowledged before they are published; there if an entry needs it.
+    pub spool: Option<Arc<spool::Spool>>,
+    /// The push server; there if `[push]` says where to listen.
+    pub push: Option<Arc<push::Door>>,
+    /// Where its secret and CA files are now; asked again at each connection, since files may change.
+    pub files: Arc<dyn Fn(&Path) -> PathBuf + Send + Sync>,
+    /// Cancelled: take nothing more, settle what is in hand, give the rest back, and return.
+    pub stop: CancellationToken,
+}
+
+impl Entry {
+    /// Where its frames come from, for people: a directory's path, a queue's address without secrets.
+    pub fn place(&self) -> String {
+        match &self.source {
+            Config::Directory(config) => config.path.display().to_string(),
+            Config::Push(config) => config.place(),
+            Config::Mqtt(config) => config.place(),
+            Config::Redis(config) => config.place(),
+            Config::Nats(config) => config.place(),
+        }
+    }
+
+    /// The drop directory, if that is where the frames come from.
+    pub fn directory(&self) -> Option<&directory::Config> {
+        match &self.source {
+            Config::Directory(config) => Some(config),
+            Config::Push(_) | Config::Mqtt(_) | Config::Redis(_) | Config::Nats(_) => None,
+        }
+    }
+}
+
+/// The keys of an entry that name its source: exactly one of them is written.
+pub const SOURCE_KEYS: [&str; 5] = ["directory", "push", "mqtt", "redis", "nats"];
+
+/// An [`Entry`] as it stands in a file.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Entry")]
+struct Written {
+    /// The engine's `detectorName`. May hold placeholders: `{path.0}`, the first directory below `path`; `{topic.1}` and
+    /// `{subject.1}`, levels of an MQTT topic or a NATS subject; `{field.detectorName}` of a Redis stream or NATS message;
+    /// `{detectorName}` of a pushed frame.
+    name: String,
+    /// IANA time zone of the detector.
+    time_zone: String,
+    /// Attempts per second; 0 means no limit.
+    rate: f64,
+    /// Turns against the other detectors; at least 1.
+    weight: u32,
+    /// Which waiting frame goes first.
+    order: Order,
+    /// Frames older than this are dropped, and counted; 0 means never.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
-    pub max_age: Duration,
+    max_age: Duration,
     /// Say so when no frame came for this long.
     #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
-    pub silence_alarm: Option<Duration>,
+    silence_alarm: Option<Duration>,
     /// The drop directory.
-    pub directory: directory::Config,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    directory: Option<directory::Config>,
+    /// Frames that others push over HTTP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    push: Option<push::Config>,
+    /// An MQTT topic.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mqtt: Option<mqtt::Config>,
+    /// A Redis stream, read as one of a consumer group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    redis: Option<redis::Config>,
+    /// A NATS `JetStream` consumer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nats: Option<nats::Config>,
 }
 
-impl Default for Entry {
+impl Default for Written {
     fn default() -> Self {
         Self {
             name: String::new(),
@@ -50,7 +211,11 @@ impl Default for Entry {
             order: Order::FreshestFirst,
             max_age: Duration::ZERO,
             silence_alarm: None,
-            directory: directory::Config::default(),
+            directory: None,
+            push: None,
+            mqtt: None,
+            redis: None,
+            nats: None,
         }
     }
 }
@@ -65,6 +230,74 @@ impl Entry {
         };
         entries.iter().find(|entry| entry.name == detector).or_else(|| entries.iter().find(family))
     }
+}
+
+impl TryFrom<Written> for Entry {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        let Written {
+            name,
+            time_zone,
+            rate,
+            weight,
+            order,
+            max_age,
+            silence_alarm,
+            directory,
+            push,
+            mqtt,
+            redis,
+            nats,
+        } = written;
+        let sources = [
+            directory.map(Config::Directory),
+            push.map(Config::Push),
+            mqtt.map(Config::Mqtt),
+            redis.map(Config::Redis),
+            nats.map(Config::Nats),
+        ];
+        let mut sources = sources.into_iter().flatten();
+        let (Some(source), None) = (sources.next(), sources.next()) else {
+            return Err(format!("has not exactly one source of {}", SOURCE_KEYS.join(", ")));
+        };
+        Ok(Self { name, time_zone, rate, weight, order, max_age, silence_alarm, source })
+    }
+}
+
+impl From<Entry> for Written {
+    fn from(entry: Entry) -> Self {
+        let Entry { name, time_zone, rate, weight, order, max_age, silence_alarm, source } = entry;
+        let written = Self { name, time_zone, rate, weight, order, max_age, silence_alarm, ..Self::default() };
+        match source {
+            Config::Directory(config) => Self { directory: Some(config), ..written },
+            Config::Push(config) => Self { push: Some(config), ..written },
+            Config::Mqtt(config) => Self { mqtt: Some(config), ..written },
+            Config::Redis(config) => Self { redis: Some(config), ..written },
+            Config::Nats(config) => Self { nats: Some(config), ..written },
+        }
+    }
+}
+
+/// Serves one entry until it is stopped; returns when what it had in hand is settled and the rest given back.
+pub async fn serve(around: Surroundings) {
+    match around.entry.source.clone() {
+        Config::Directory(config) => directory::run(config, around).await,
+        Config::Push(_) => push::run(around).await,
+        Config::Mqtt(config) => mqtt::run(config, around).await,
+        Config::Redis(config) => redis::run(config, around).await,
+        Config::Nats(config) => nats::run(config, around).await,
+    }
+}
+
+/// 2000-01-01T00:00:00Z, in seconds: no detector is older.
+const EARLIEST_SECONDS: i64 = 946_684_800;
+/// A detector's clock may be this far ahead of ours.
+const AHEAD_MAX: Duration = Duration::from_mins(5);
+
+/// Whether a frame can have been detected then.
+fn believable(detect_time: Timestamp, now: Timestamp) -> bool {
+    detect_time.as_second() >= EARLIEST_SECONDS && detect_time <= now + AHEAD_MAX
 }
 
 /// Which waiting frame of a detector goes first.
@@ -118,12 +351,23 @@ impl Health {
 }
 
 #[cfg(test)]
+impl Entry {
+    /// One that says no more than it must.
+    pub(crate) fn of_directory(name: &str, config: directory::Config) -> Self {
+        let written =
+            Written { name: name.to_owned(), time_zone: "UTC".into(), directory: Some(config), ..Written::default() };
+        written.try_into().expect("one source")
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_detector_belongs_to_the_entry_of_its_name_else_to_the_family_that_it_fits() {
-        let entries = ["{path.0}-in", "Lobby-in", "Door"].map(|name| Entry { name: name.into(), ..Entry::default() });
+        let entries =
+            ["{path.0}-in", "Lobby-in", "Door"].map(|name| Entry::of_directory(name, directory::Config::default()));
         let of = |detector| Entry::of(detector, &entries).map(|entry| entry.name.as_str());
         assert_eq!(of("Lobby-in"), Some("Lobby-in"));
         assert_eq!(of("Yard-in"), Some("{path.0}-in"));

@@ -19,13 +19,14 @@ use support::{Daemon, PATIENCE, Site, eventually, files_below};
 /// What should take moments, but is not worth a test's whole patience.
 const SOON: Duration = Duration::from_secs(15);
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "run",
     "check",
     "reload",
     "status",
     "publish",
     "dead-letter",
+    "spool",
     "demo",
     "simulate-engine",
     "pin",

@@ -9,7 +9,7 @@ use humantime::format_duration;
 
 use crate::config::{self, Environment, Loaded, Settings};
 use crate::source::directory::{self, AfterPublish, DetectTime, Watch};
-use crate::source::{Entry, Order};
+use crate::source::{Entry, Order, spool};
 
 /// `EX_CONFIG` of sysexits.h: systemd units can tell it from a crash.
 pub(super) const EXIT_CONFIG: u8 = 78;
@@ -96,23 +96,27 @@ fn places(out: &mut impl Write, settings: &Settings) -> io::Result<()> {
     let dead = &settings.dead_letter;
     let (directory, age) = (dead.directory.display(), kept(dead.max_age));
     writeln!(out, "dead letters in {directory}, up to {}, {age}", dead.max_size)?;
+    if settings.detectors.iter().any(spool::serves) {
+        let spool = &settings.spool;
+        writeln!(out, "spool in {}, up to {}", spool.directory.display(), spool.max_size)?;
+    }
+    if let Some(listen) = &settings.push.listen {
+        let tls = if settings.push.tls_cert_file.is_some() { "tls" } else { "no tls" };
+        let account = settings.push.username.as_deref().map_or("no account".to_owned(), |it| format!("account {it}"));
+        writeln!(out, "frames are pushed to {listen}, {tls}, {account}")?;
+    }
     writeln!(out, "admin on {}, control socket {}", settings.admin.listen, settings.admin.control.display())?;
     writeln!(out, "stops within {}", format_duration(settings.shutdown.deadline))
 }
 
 fn detector(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
-    let directory = &entry.directory;
     writeln!(out, "detector {}", entry.name)?;
-    let depth = if directory.recursive { "with sub-directories" } else { "without sub-directories" };
-    writeln!(out, "  directory  {} {depth}, files {}", directory.path.display(), directory.include.join(" "))?;
-    writeln!(out, "  zone       {}, {}", entry.time_zone, time_from(&directory.detect_time))?;
-    writeln!(
-        out,
-        "  complete   when renamed in, or unchanged for {}; given up after {}",
-        format_duration(directory.quiet),
-        format_duration(directory.partial_timeout)
-    )?;
-    writeln!(out, "  noticed    {}, full scan every {}", watch(directory.watch), format_duration(directory.rescan))?;
+    if let Some(config) = entry.directory() {
+        drop_directory(out, config, &entry.time_zone)?;
+    } else {
+        writeln!(out, "  {:<10} {}", entry.source.key(), entry.place())?;
+        writeln!(out, "  zone       {}, where a frame does not say", entry.time_zone)?;
+    }
     let order = match entry.order {
         Order::FreshestFirst => "freshest first",
         Order::OldestFirst => "oldest first",
@@ -123,11 +127,24 @@ fn detector(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
         format!("dropped when older than {}", format_duration(entry.max_age))
     };
     writeln!(out, "  order      {order}, {age}, {}, weight {}", per_second(entry.rate), entry.weight)?;
-    writeln!(out, "  published  {}", afterwards(directory))?;
     match entry.silence_alarm {
         Some(after) => writeln!(out, "  alarm      after {} without a frame", format_duration(after)),
         None => Ok(()),
     }
+}
+
+fn drop_directory(out: &mut impl Write, config: &directory::Config, zone: &str) -> io::Result<()> {
+    let depth = if config.recursive { "with sub-directories" } else { "without sub-directories" };
+    writeln!(out, "  directory  {} {depth}, files {}", config.path.display(), config.include.join(" "))?;
+    writeln!(out, "  zone       {zone}, {}", time_from(&config.detect_time))?;
+    writeln!(
+        out,
+        "  complete   when renamed in, or unchanged for {}; given up after {}",
+        format_duration(config.quiet),
+        format_duration(config.partial_timeout)
+    )?;
+    writeln!(out, "  noticed    {}, full scan every {}", watch(config.watch), format_duration(config.rescan))?;
+    writeln!(out, "  published  {}", afterwards(config))
 }
 
 fn time_from(detect_time: &DetectTime) -> String {

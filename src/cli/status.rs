@@ -45,9 +45,16 @@ fn describe(status: &Status) -> String {
     ));
     line(format_args!("engine: {}", status.engine.describe()));
     line(format_args!("dead letters: {}, {}", status.dead_letters, ByteSize(status.dead_letter_bytes).display().iec()));
+    if status.spool_frames > 0 || status.push.is_some() {
+        let bytes = ByteSize(status.spool_bytes).display().iec();
+        line(format_args!("spool: {} frames, {bytes}", status.spool_frames));
+    }
+    if let Some(address) = &status.push {
+        line(format_args!("push: {address}"));
+    }
     for source in &status.sources {
         if let Some(why) = &source.held {
-            line(format_args!("held: {} ({}): {why}", source.name, source.path.display()));
+            line(format_args!("held: {} ({}): {why}", source.name, source.place));
         }
     }
     for detector in status.detectors.iter().filter(|detector| detector.counts.silent) {

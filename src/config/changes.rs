@@ -31,6 +31,8 @@ fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
         ("admin.listen", old.admin.listen != new.admin.listen),
         ("admin.control", old.admin.control != new.admin.control),
         ("log.format", old.log.format != new.log.format),
+        ("spool.directory", old.spool.directory != new.spool.directory),
+        ("push.listen", old.push.listen != new.push.listen && old.push.listen.is_some()),
         ("dead_letter.directory", old.dead_letter.directory != new.dead_letter.directory),
     ]
     .into_iter()

@@ -5,6 +5,7 @@
 mod detector;
 mod engine;
 mod overlap;
+mod push;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,6 +27,7 @@ pub fn check(settings: &Settings, facts: &Facts) -> Vec<Finding> {
     publish(settings, &mut found);
     encode(settings, &mut found);
     dead_letter(settings, &mut found);
+    push::check(settings, facts, &mut found);
     admin(settings, &mut found);
     log(settings, &mut found);
     found.not_zero("shutdown.deadline", settings.shutdown.deadline, "20s");
@@ -149,8 +151,7 @@ fn same_names(detectors: &[Entry], found: &mut Findings) {
     for (i, entry) in detectors.iter().enumerate().filter(|(_, it)| !it.name.contains('{')) {
         match first.get(entry.name.as_str()) {
             Some(other) => {
-                let wrong =
-                    format!("`{}` is also the name of the detector of {}", entry.name, other.directory.path.display());
+                let wrong = format!("`{}` is also the name of the detector of {}", entry.name, other.place());
                 found.problem(format!("detectors[{i}].name"), wrong, "give each its own name");
             }
             None => {

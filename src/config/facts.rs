@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::Settings;
 use crate::secret::Secret;
+use crate::source;
 
 /// Where relative secret files are looked up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,21 +65,25 @@ impl Facts {
     /// Looks at everything that `settings` name.
     pub fn gather(settings: &Settings) -> Self {
         let mut facts = Self::default();
-        let engine = &settings.engine;
-        for file in [&engine.password_file, &engine.token_file].into_iter().flatten() {
+        let (engine, push) = (&settings.engine, &settings.push);
+        let secrets = [&engine.password_file, &engine.token_file, &push.password_file, &push.tls_key_file];
+        for file in secrets.into_iter().flatten() {
             let path = settings.secret_path(file);
             let state = Secret::read(&path).map_or_else(|error| unusable(&error), |_| SecretFile::Usable);
             facts.secrets.insert(file.clone(), state);
         }
-        if let Some(file) = &engine.ca_file {
+        for file in [&engine.ca_file, &push.tls_cert_file].into_iter().flatten() {
             let path = settings.secret_path(file);
             let open = std::fs::File::open(&path).map(drop);
             let away = |error| SecretFile::Away(format!("cannot read `{}`: {error}", path.display()));
             facts.secrets.insert(file.clone(), open.map_or_else(away, |()| SecretFile::Usable));
         }
-        let directories =
-            settings.detectors.iter().flat_map(|it| [Some(&it.directory.path), it.directory.archive.as_ref()]);
-        for directory in directories.flatten().chain([&settings.dead_letter.directory]) {
+        let directories = settings
+            .detectors
+            .iter()
+            .filter_map(source::Entry::directory)
+            .flat_map(|it| [Some(&it.path), it.archive.as_ref()]);
+        for directory in directories.flatten().chain([&settings.dead_letter.directory, &settings.spool.directory]) {
             facts.real.insert(directory.clone(), real(directory));
         }
         facts

@@ -53,6 +53,15 @@ max_frame = "8MiB"
 directory = "/var/lib/framegate/dead-letter"
 max_size = "1GiB"
 max_age = "7d"
+[spool]
+directory = "/var/lib/framegate/spool"
+max_size = "2GiB"
+[push]
+listen = "unix:/run/framegate/push.sock"
+username = "cameras"
+password_file = "push-password"
+tls_cert_file = "push-cert.pem"
+tls_key_file = "push-key.pem"
 [admin]
 listen = "127.0.0.1:9464"
 control = "/run/framegate/control.sock"
@@ -199,7 +208,8 @@ impl Layer {
         match table.remove(DETECTORS) {
             None => {}
             Some(Value::Array(entries)) => {
-                for (i, entry) in entries.into_iter().enumerate() {
+                for (i, mut entry) in entries.into_iter().enumerate() {
+                    self.one_source(i, &mut entry, problems);
                     let entry = self.sift::<source::Entry>(&format!("{DETECTORS}[{i}]"), entry, problems).1;
                     self.detectors.extend(entry.map(|entry| (i, entry)));
                 }
@@ -214,6 +224,31 @@ impl Layer {
             self.sections = sections;
         }
         self
+    }
+
+    /// An entry has one source: a second one, or none, is reported and mended.
+    fn one_source(&self, i: usize, entry: &mut Value, problems: &mut Vec<Problem>) {
+        let Value::Table(table) = entry else { return };
+        let named: Vec<_> = source::SOURCE_KEYS.into_iter().filter(|key| table.contains_key(*key)).collect();
+        let key = |rest: &str| format!("{DETECTORS}[{i}]{rest}");
+        match named[..] {
+            [] => {
+                problems.push(self.problem(
+                    key(""),
+                    "has no source of frames".into(),
+                    format!("write one of {}", source::SOURCE_KEYS.join(", ")),
+                ));
+                // Stands in for it, so that what else is wrong with the entry is told at once.
+                table.insert("push".into(), Value::Table(Table::new()));
+            }
+            [first, ref others @ ..] => {
+                for other in others {
+                    let wrong = format!("a second source: the entry has `{first}` already");
+                    problems.push(self.problem(key(&format!(".{other}")), wrong, "write an entry for each".into()));
+                    table.remove(*other);
+                }
+            }
+        }
     }
 
     /// Takes out of `value` what does not fit `T`, one problem each, until the rest fits. Gives back the rest and the `T`.
@@ -427,7 +462,7 @@ mod tests {
     #[test]
     fn every_problem_of_a_file_is_found_at_its_place() {
         let (layer, problems) = parse(
-            "[publish]\nrate = \"fast\"\nbrust = 1\nattempts = 3\n[engine]\npassword = \"hunter2\"\n[[detectors]]\nname = 1\ntime_zone = \"UTC\"\n[encode]\nmemory = \"much\"\n",
+            "[publish]\nrate = \"fast\"\nbrust = 1\nattempts = 3\n[engine]\npassword = \"hunter2\"\n[[detectors]]\nname = 1\ntime_zone = \"UTC\"\ndirectory = { path = \"/a\" }\n[encode]\nmemory = \"much\"\n",
         );
         assert_eq!(problems.len(), 5, "{problems:#?}");
         for (key, place) in [
@@ -435,7 +470,7 @@ mod tests {
             ("publish.brust", "f:3:1: "),
             ("engine.password", "f:6:1: "),
             ("detectors[0].name", "f:8:1: "),
-            ("encode.memory", "f:11:1: "),
+            ("encode.memory", "f:12:1: "),
         ] {
             assert!(problems.iter().any(|it| it.starts_with(&format!("{place}{key}"))), "{key}: {problems:#?}");
         }

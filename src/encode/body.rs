@@ -26,12 +26,23 @@ pub struct Body(Bytes);
 impl Body {
     /// Builds it.
     pub fn build(frame: &Frame, image: &[u8]) -> Self {
-        let tail = tail(frame);
         let encoded = base64::encoded_len(image.len(), true).expect("images are far smaller than the address space");
+        Self::around(frame, encoded, |body| {
+            body.resize(HEAD.len() + encoded, 0);
+            BASE64.encode_slice(image, &mut body[HEAD.len()..]).expect("the slice has the encoded length");
+        })
+    }
+
+    /// Builds it around an image that is base64 already: what [`decode`] takes.
+    pub fn of_base64(frame: &Frame, image: &[u8]) -> Self {
+        Self::around(frame, image.len(), |body| body.extend_from_slice(image))
+    }
+
+    fn around(frame: &Frame, encoded: usize, image: impl FnOnce(&mut Vec<u8>)) -> Self {
+        let tail = tail(frame);
         let mut body = Vec::with_capacity(HEAD.len() + encoded + tail.len());
         body.extend_from_slice(HEAD);
-        body.resize(HEAD.len() + encoded, 0);
-        BASE64.encode_slice(image, &mut body[HEAD.len()..]).expect("the slice has the encoded length");
+        image(&mut body);
         body.extend_from_slice(tail.as_bytes());
         Self(Bytes::from(body))
     }
@@ -45,7 +56,7 @@ impl Body {
     pub fn image(&self) -> Vec<u8> {
         let from = &self.0[HEAD.len()..];
         let end = from.iter().position(|b| *b == b'"').expect("build closes the string");
-        BASE64.decode(&from[..end]).expect("build wrote it")
+        BASE64.decode(&from[..end]).expect("it was encoded here, or checked by its source")
     }
 
     /// Bytes to send.
@@ -53,6 +64,12 @@ impl Body {
     pub fn len(&self) -> usize {
         self.0.len()
     }
+}
+
+/// Decodes what the engine takes for an image, standard base64 with its padding, into the empty buffer; `false` if it is
+/// anything else. What passes can go into a body as it is.
+pub fn decode(base64: &[u8], image: &mut Vec<u8>) -> bool {
+    BASE64.decode_vec(base64, image).is_ok()
 }
 
 /// Not the image: only how large it is.
@@ -106,6 +123,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn only_what_the_engine_takes_is_decoded() {
+        let mut image = Vec::new();
+        for (text, whole) in [
+            ("aW1hZ2U=", true),
+            ("", true),
+            ("aW1hZ2U", false),
+            ("aW1hZ2U==", false),
+            ("aW1hZ2V=", false),
+            ("aW1h\nZ2U=", false),
+            ("aW1hZ2U=\"", false),
+            ("aW-_Z2U=", false),
+        ] {
+            image.clear();
+            assert_eq!(decode(text.as_bytes(), &mut image), whole, "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_name_and_image_come_back_byte_for_byte(
@@ -119,7 +154,9 @@ mod tests {
             prop_assert_eq!(parsed["ianaTimeZone"].as_str(), Some("America/Los_Angeles"));
             let sent = BASE64_STANDARD.decode(parsed["expanded"].as_str().unwrap()).unwrap();
             prop_assert_eq!(&sent, &image);
-            prop_assert_eq!(body.image(), image);
+            prop_assert_eq!(&body.image(), &image);
+            let again = Body::of_base64(&frame_of(&name), parsed["expanded"].as_str().unwrap().as_bytes());
+            prop_assert_eq!(again.image(), image);
         }
     }
 }

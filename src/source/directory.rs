@@ -23,14 +23,12 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use self::claim::Root;
-pub use self::config::{AfterPublish, Config, DetectTime, FromName, Template, Watch};
+pub use self::config::{AfterPublish, Config, DetectTime, FromName, Watch};
 pub use self::site::Unsettled;
 use self::site::{Settled, Site, Tally, Via};
 use self::watch::{Event, Events, Watcher};
 use self::window::Key;
-use super::{Entry, Health};
-use crate::metrics::Metrics;
-use crate::queue::Intake;
+use super::Surroundings;
 
 /// How often the directory itself is looked for, and scanned where events cannot be had.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -43,16 +41,9 @@ const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 
 /// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
 /// What could not be settled is left in `unsettled`, and what others left of this directory is taken over from there.
-pub async fn run(
-    entry: Arc<Entry>,
-    intake: Intake,
-    metrics: Arc<Metrics>,
-    max_frame: u64,
-    health: Health,
-    unsettled: Unsettled,
-    stop: CancellationToken,
-) {
-    let (site, settled) = match Site::new(entry, intake, metrics, max_frame, health.clone()) {
+pub async fn run(config: Config, around: Surroundings) {
+    let Surroundings { entry, intake, metrics, max_frame, health, unsettled, stop, .. } = around;
+    let (site, settled) = match Site::new(entry, config, intake, metrics, max_frame, health.clone()) {
         Ok(made) => made,
         Err(error) => {
             // The configuration was checked before; only a disagreement between the two checks leads here.
@@ -82,7 +73,7 @@ pub async fn run(
 /// Opens the directory again and again, and serves it as long as it is there.
 async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
     while !stop.is_cancelled() {
-        let path = site.entry.directory.path.clone();
+        let path = site.config.path.clone();
         match blocking(move || Root::open(&path)).await {
             Ok(root) => {
                 let root = Arc::new(root);
@@ -108,7 +99,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
 
 /// Serves one directory until it goes away or `stop`.
 async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken) {
-    let config = &site.entry.directory;
+    let config = &site.config;
     let (mut watcher, mut events) = begin_watch(site, root);
     let mut look = tokio::time::interval(LOOK_EVERY.min(config.rescan));
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -286,7 +277,7 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
 }
 
 fn begin_watch(site: &Arc<Site>, root: &Arc<Root>) -> (Option<Watcher>, Option<Events>) {
-    let config = &site.entry.directory;
+    let config = &site.config;
     let poll = |why: &str| {
         tracing::info!(detector = %site.entry.name, path = ?config.path, "polling: {why}");
         (None, None)
@@ -312,7 +303,7 @@ fn exhausted(site: &Site) {
     site.metrics.counter("watch_errors_total", &[]).increment(1);
     tracing::warn!(
         detector = %site.entry.name,
-        path = ?site.entry.directory.path,
+        path = ?site.config.path,
         "not every directory can be watched, so they are polled: raise the sysctls fs.inotify.max_user_watches and fs.inotify.max_user_instances"
     );
 }
@@ -379,7 +370,7 @@ fn handle(site: &Arc<Site>, root: &Arc<Root>, watcher: Option<&Watcher>, batch: 
 
 /// Removes what lies in the archive for too long, now and then. Beside all else: a large archive takes minutes.
 async fn tidy_archive(site: &Arc<Site>, stop: &CancellationToken) {
-    let config = &site.entry.directory;
+    let config = &site.config;
     let (Some(archive), false) = (&config.archive, config.archive_max_age.is_zero()) else { return };
     let mut every = tokio::time::interval(ARCHIVE_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -369,6 +369,7 @@ mod tests {
     use crate::queue::Line as _;
     use crate::settle::Reason;
     use crate::settle::dead_letter::tests::{frame, open, refusal};
+    use crate::source::directory;
 
     struct Bench {
         dir: tempfile::TempDir,
@@ -413,7 +414,8 @@ mod tests {
 
     /// One, for the detector of [`frame`].
     fn entries() -> Arc<ArcSwap<Vec<Entry>>> {
-        let entry = Entry { name: frame().detector.name.to_string(), rate: 2.5, weight: 3, ..Entry::default() };
+        let entry =
+            Entry { rate: 2.5, weight: 3, ..Entry::of_directory(&frame().detector.name, directory::Config::default()) };
         Arc::new(ArcSwap::from_pointee(vec![entry]))
     }
 

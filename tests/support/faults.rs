@@ -39,6 +39,11 @@ impl Mount {
         Self::new(&["-t", "overlay", "-o", &options, "overlay"], at)
     }
 
+    /// A file that holds a file system.
+    pub fn image(at: &Path, file: &Path) -> Option<Self> {
+        Self::new(&["-o", "loop", file.to_str().expect("a plain path")], at)
+    }
+
     fn new(arguments: &[&str], at: &Path) -> Option<Self> {
         fs::create_dir_all(at).expect("a mount point can be made");
         let path = at.to_str().expect("a plain path");

@@ -101,6 +101,14 @@ impl Site {
         self
     }
 
+    /// Adds a detector that is fed in another way: `keys` name its source, such as `push = {}`.
+    #[must_use]
+    pub fn fed(mut self, name: &str, time_zone: &str, keys: &str) -> Self {
+        let entry = format!("[[detectors]]\nname = {}\ntime_zone = {}\n{keys}\n", quoted(name), quoted(time_zone));
+        self.detectors.push((name.to_owned(), entry));
+        self
+    }
+
     /// Further keys of `[engine]`.
     #[must_use]
     pub fn engine_keys(mut self, keys: &str) -> Self {

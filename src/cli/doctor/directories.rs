@@ -24,7 +24,9 @@ const REMOTE: [&str; 8] = ["nfs", "nfs4", "cifs", "smb3", "fuse", "overlay", "9p
 
 pub(super) fn look(settings: &Settings, lines: &mut Vec<Line>) {
     for entry in &settings.detectors {
-        detector(entry, &entry.directory, lines);
+        if let Some(config) = entry.directory() {
+            detector(entry, config, lines);
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use rustix::process::{Resource, getrlimit};
 use super::Line;
 use super::directories::{Rights, rights};
 use crate::config::Settings;
+use crate::source::Entry;
 
 /// Watches that others on the box may need.
 const WATCHES_SPARE: u64 = 1024;
@@ -22,9 +23,10 @@ const FREE_PART_WARN: f64 = 0.05;
 const FREE_INODES_WARN: u64 = 10_000;
 
 pub(super) fn look(settings: &Settings, lines: &mut Vec<Line>) {
-    let directories = settings.detectors.len() as u64;
+    let directories = settings.detectors.iter().filter_map(Entry::directory).count() as u64;
     limit("fs.inotify.max_user_instances", directories + INSTANCES_SPARE, lines);
-    let trees: u64 = settings.detectors.iter().map(|entry| super::directories::watches_needed(&entry.directory)).sum();
+    let trees: u64 =
+        settings.detectors.iter().filter_map(Entry::directory).map(super::directories::watches_needed).sum();
     limit("fs.inotify.max_user_watches", trees + WATCHES_SPARE, lines);
     descriptors(settings, lines);
     memory(settings, lines);

@@ -8,8 +8,8 @@ use jiff::fmt::strtime;
 
 use super::Findings;
 use crate::config::zones;
-use crate::source::Entry;
 use crate::source::directory::{self, AfterPublish, DetectTime};
+use crate::source::{Entry, Template};
 
 /// The longest detector name, in bytes.
 const NAME_BYTES_MAX: usize = 255;
@@ -30,7 +30,9 @@ pub(super) fn check(key: &str, entry: &Entry, found: &mut Findings) {
     if entry.silence_alarm == Some(Duration::ZERO) {
         found.problem(format!("{key}.silence_alarm"), "is zero", "write for example 10m, or remove it");
     }
-    drop_directory(&format!("{key}.directory"), &entry.directory, found);
+    if let Some(config) = entry.directory() {
+        drop_directory(&format!("{key}.directory"), config, found);
+    }
 }
 
 fn name(key: &str, entry: &Entry, found: &mut Findings) {
@@ -48,34 +50,18 @@ fn name(key: &str, entry: &Entry, found: &mut Findings) {
     if name.chars().any(char::is_control) {
         return found.problem(key, format!("`{}` holds control characters", name.escape_debug()), "leave them out");
     }
-    let right = "a directory's detector knows {path.0}, {path.1} and so on: the directories below its path";
-    match placeholders(name) {
-        Err(wrong) => found.problem(key, format!("`{name}`: {wrong}"), right),
-        Ok(0) => {}
-        Ok(_) if !entry.directory.recursive => {
+    let known = entry.source.placeholders();
+    match (Template::parse(name, known), entry.directory()) {
+        (Err(wrong), _) => found.problem(key, format!("`{name}`: {wrong}"), known.hint),
+        (Ok(template), Some(config)) if template.names_levels() && !config.recursive => {
             found.problem(
                 key,
                 format!("`{name}` names sub-directories, but `recursive` is false"),
                 "write recursive = true, or a plain name",
             );
         }
-        Ok(_) => {}
+        (Ok(_), _) => {}
     }
-}
-
-/// How many placeholders `name` holds, all of them `{path.N}`.
-fn placeholders(name: &str) -> Result<usize, String> {
-    let mut count = 0;
-    let mut rest = name;
-    while let Some(at) = rest.find(['{', '}']) {
-        let inner = rest[at..].strip_prefix('{').ok_or("a } without its {")?;
-        let (inner, after) = inner.split_once('}').ok_or("a { without its }")?;
-        let index = inner.strip_prefix("path.").filter(|index| index.bytes().all(|it| it.is_ascii_digit()));
-        index.and_then(|index| index.parse::<u8>().ok()).ok_or_else(|| format!("{{{inner}}} is not known here"))?;
-        count += 1;
-        rest = after;
-    }
-    Ok(count)
 }
 
 fn drop_directory(key: &str, config: &directory::Config, found: &mut Findings) {

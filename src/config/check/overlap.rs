@@ -4,19 +4,19 @@ use std::path::{Path, PathBuf};
 
 use super::Findings;
 use crate::config::{Facts, Settings};
-use crate::source::Entry;
+use crate::source::{Entry, directory, spool};
 
 pub(super) fn check(settings: &Settings, facts: &Facts, found: &mut Findings) {
     let place = |key: String, path, drop_of| Place { key, path, real: facts.real(path), drop_of };
     let mut places = vec![place("dead_letter.directory".into(), settings.dead_letter.directory.as_path(), None)];
+    if settings.detectors.iter().any(spool::serves) {
+        places.push(place("spool.directory".into(), settings.spool.directory.as_path(), None));
+    }
     for (i, entry) in settings.detectors.iter().enumerate() {
-        places.push(place(format!("detectors[{i}].directory.path"), &entry.directory.path, Some(entry)));
+        let Some(config) = entry.directory() else { continue };
+        places.push(place(format!("detectors[{i}].directory.path"), &config.path, Some((entry, config))));
         places.extend(
-            entry
-                .directory
-                .archive
-                .as_ref()
-                .map(|archive| place(format!("detectors[{i}].directory.archive"), archive, None)),
+            config.archive.as_ref().map(|archive| place(format!("detectors[{i}].directory.archive"), archive, None)),
         );
     }
     places.retain(|place| place.path.is_absolute());
@@ -39,22 +39,27 @@ struct Place<'a> {
     key: String,
     path: &'a Path,
     real: PathBuf,
-    drop_of: Option<&'a Entry>,
+    drop_of: Option<(&'a Entry, &'a directory::Config)>,
 }
 
 fn collide(outer: &Place<'_>, inner: &Place<'_>) -> bool {
     match (outer.drop_of, inner.drop_of) {
-        (Some(entry), Some(_)) => outer.real == inner.real || entry.directory.recursive,
+        (Some((_, config)), Some(_)) => outer.real == inner.real || config.recursive,
         (Some(_), None) | (None, Some(_)) => true,
-        // Archives may share a directory; dead letters are theirs alone, for an archive is tidied by other rules.
-        (None, None) => outer.key.starts_with("dead_letter") != inner.key.starts_with("dead_letter"),
+        // Archives may share a directory; dead letters and the spool are alone in theirs, for each is tidied by other rules.
+        (None, None) => !(is_archive(outer) && is_archive(inner)),
     }
+}
+
+fn is_archive(place: &Place<'_>) -> bool {
+    place.drop_of.is_none() && place.key.ends_with(".archive")
 }
 
 fn report_overlap(outer: &Place<'_>, inner: &Place<'_>, found: &mut Findings) {
     let whose = |place: &Place<'_>| match place.drop_of {
-        Some(entry) => format!("the drop directory of `{}`", entry.name),
+        Some((entry, _)) => format!("the drop directory of `{}`", entry.name),
         None if place.key.starts_with("dead_letter") => "the dead-letter directory".to_owned(),
+        None if place.key.starts_with("spool") => "the spool's directory".to_owned(),
         None => "an archive".to_owned(),
     };
     // Told where the detector's entry stands, which is what somebody just wrote.

@@ -4,7 +4,6 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use schemars::JsonSchema;
 use serde::de::value::MapAccessDeserializer;
@@ -178,65 +177,6 @@ impl Config {
     }
 }
 
-/// A detector's name with its placeholders taken apart.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Template(Vec<Part>);
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Part {
-    Text(String),
-    /// The n-th directory below the source's path.
-    Path(usize),
-}
-
-impl Template {
-    /// Takes a name apart.
-    pub fn parse(name: &str) -> anyhow::Result<Self> {
-        let mut parts = Vec::new();
-        let mut rest = name;
-        while let Some(open) = rest.find('{') {
-            let end = rest[open..].find('}').with_context(|| format!("`{name}` has a `{{` without its `}}`"))? + open;
-            let inside = &rest[open + 1..end];
-            let Some(index) = inside.strip_prefix("path.").and_then(|n| n.parse::<usize>().ok()) else {
-                bail!(
-                    "`{{{inside}}}` is no placeholder of a drop directory; `{{path.0}}` is the first directory below `path`"
-                );
-            };
-            if open > 0 {
-                parts.push(Part::Text(rest[..open].to_owned()));
-            }
-            parts.push(Part::Path(index));
-            rest = &rest[end + 1..];
-        }
-        if !rest.is_empty() {
-            parts.push(Part::Text(rest.to_owned()));
-        }
-        Ok(Self(parts))
-    }
-
-    /// Whether every file gets the same name.
-    pub fn is_fixed(&self) -> bool {
-        self.0.iter().all(|part| matches!(part, Part::Text(_)))
-    }
-
-    /// The name for a file in the directory `rel` below the source's path; `None` if that has not enough directories.
-    pub fn fill(&self, rel: &[u8]) -> Option<String> {
-        let dirs: Vec<&[u8]> = rel.split(|b| *b == b'/').filter(|d| !d.is_empty()).collect();
-        let mut name = String::new();
-        for part in &self.0 {
-            match part {
-                Part::Text(text) => name.push_str(text),
-                // A name is shown in logs and sent as JSON: what is not UTF-8 is escaped, not guessed.
-                Part::Path(index) => match std::str::from_utf8(dirs.get(*index)?) {
-                    Ok(text) => name.push_str(text),
-                    Err(_) => name.push_str(&dirs[*index].escape_ascii().to_string()),
-                },
-            }
-        }
-        Some(name)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,15 +195,5 @@ mod tests {
             assert!(toml::from_str::<Config>(bad).is_err(), "{bad}");
         }
         assert!(schemars::schema_for!(Config).as_object().is_some());
-    }
-
-    #[test]
-    fn a_name_is_filled_from_the_directories_below_the_path() {
-        let template = Template::parse("{path.0}-{path.1}!").unwrap();
-        assert_eq!(template.fill(b"Lobby/2026/11").as_deref(), Some("Lobby-2026!"));
-        assert_eq!(template.fill(b"Lobby"), None);
-        assert_eq!(template.fill(b"A\xff/b").as_deref(), Some("A\\xff-b!"));
-        assert!(Template::parse("Lobby").unwrap().is_fixed());
-        assert!(Template::parse("{topic.0}").is_err() && Template::parse("{path.0").is_err());
     }
 }

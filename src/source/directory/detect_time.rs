@@ -1,7 +1,6 @@
 //! The detection time of a file: from its modification, its arrival, its EXIF data or its name, kept within reason.
 
 use std::io::Cursor;
-use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use jiff::Timestamp;
@@ -11,11 +10,6 @@ use jiff::tz::TimeZone;
 use regex::bytes::Regex;
 
 use super::config::{DetectTime, FromName};
-
-/// 2000-01-01T00:00:00Z, in seconds: no detector is older.
-const EARLIEST_SECONDS: i64 = 946_684_800;
-/// A detector's clock may be this far ahead of ours.
-const AHEAD_MAX: Duration = Duration::from_mins(5);
 
 /// Finds detection times the way one detector is configured.
 #[derive(Debug)]
@@ -73,7 +67,7 @@ impl Finder {
             Way::Name(regex, format) => self.name(regex, format, name).or_else(modified),
         };
         match found {
-            Some(time) if time.as_second() >= EARLIEST_SECONDS && time <= now + AHEAD_MAX => (time, false),
+            Some(time) if crate::source::believable(time, now) => (time, false),
             _ => (arrival, true),
         }
     }

@@ -19,15 +19,15 @@ use globset::GlobSet;
 use rustix::fs::FileType;
 use tokio::sync::{Notify, mpsc};
 
+use super::Config;
 use super::claim::{Claim, Root};
-use super::config::Template;
 use super::detect_time::Finder;
 use super::tree::Look;
 use super::window::{FRAMES_MAX, Key, Window};
 use crate::frame::{Detector, SourceKind};
 use crate::metrics::{DetectorMetrics, Metrics};
 use crate::queue::{Intake, Ready};
-use crate::source::{Entry, Health, State};
+use crate::source::{Entry, Health, State, Template};
 
 pub(super) use self::noticing::Via;
 use self::noticing::Young;
@@ -44,6 +44,7 @@ const DETECTORS_MAX: usize = 1000;
 /// See the file's head.
 pub(super) struct Site {
     pub entry: Arc<Entry>,
+    pub config: Config,
     pub metrics: Arc<Metrics>,
     pub health: Health,
     intake: Intake,
@@ -94,6 +95,7 @@ struct Registered {
 impl Site {
     pub(super) fn new(
         entry: Arc<Entry>,
+        config: Config,
         intake: Intake,
         metrics: Arc<Metrics>,
         max_frame: u64,
@@ -102,9 +104,9 @@ impl Site {
         // Bounded by the frames in hand, which the queue's byte budget bounds.
         let (settle, settled) = mpsc::unbounded_channel();
         let site = Arc::new(Self {
-            include: entry.directory.globs()?,
-            template: Template::parse(&entry.name)?,
-            finder: Finder::new(&entry.directory.detect_time, &entry.time_zone)?,
+            include: config.globs()?,
+            template: Template::parse(&entry.name, entry.source.placeholders()).map_err(anyhow::Error::msg)?,
+            finder: Finder::new(&config.detect_time, &entry.time_zone)?,
             state: Mutex::new(Inner {
                 window: Window::new(entry.order, FRAMES_MAX),
                 young: HashMap::new(),
@@ -117,6 +119,7 @@ impl Site {
             }),
             troubles: Mutex::default(),
             entry,
+            config,
             metrics,
             health,
             intake,
@@ -131,7 +134,7 @@ impl Site {
             stuck: AtomicUsize::new(0),
         });
         if site.template.is_fixed()
-            && let Some(name) = site.template.fill(b"")
+            && let Some(name) = site.name_in(b"")
         {
             site.register(&mut site.inner(), &name);
         }
@@ -163,9 +166,15 @@ impl Site {
         &inner.lines[name]
     }
 
+    /// The name for a file in the directory `dir` below the source's path.
+    fn name_in(&self, dir: &[u8]) -> Option<String> {
+        let levels: Vec<&[u8]> = dir.split(|b| *b == b'/').filter(|level| !level.is_empty()).collect();
+        self.template.fill(&levels, |_| None)
+    }
+
     /// The detector of a directory; `None`: it has no name, or there are too many.
     fn detector_of(&self, inner: &Inner, dir: &[u8]) -> Option<Arc<str>> {
-        let name = self.template.fill(dir)?;
+        let name = self.name_in(dir)?;
         match inner.lines.get_key_value(name.as_str()) {
             Some((known, _)) => Some(known.clone()),
             None if inner.lines.len() < DETECTORS_MAX => Some(name.into()),

@@ -1,26 +1,21 @@
 //! The window on a drop directory: which waiting files are known, which detector's line each stands in, and who is next.
 //! Pure; no I/O.
 //!
-//! Two lanes for each detector: what came while we watched (youngest first) and the backlog (newest first); three of
-//! the first go for one of the second. A backlog of any size is held as its best [`FRAMES_MAX`] files: the rest is only
-//! counted, and found again by the next scan.
+//! Two lanes for each detector (`lanes`). A backlog of any size is held as its best [`FRAMES_MAX`] files: the rest is
+//! only counted, and found again by the next scan.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::claim::Claim;
 use crate::source::Order;
+use crate::source::lanes::{Lanes, Timed};
 
 /// Files held in the window of one source.
 pub(super) const FRAMES_MAX: usize = 65_536;
-/// After this long in the fresh lane, a frame belongs to the backlog.
-const FRESH_FOR: Duration = Duration::from_secs(30);
-/// Turns of the fresh lane for one of the backlog.
-const FRESH_TURNS: u8 = 3;
 
 /// A file by the place where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -70,7 +65,7 @@ pub(super) enum Added {
 #[derive(Debug)]
 pub(super) struct Window {
     order: Order,
-    lines: HashMap<Arc<str>, Line>,
+    lines: HashMap<Arc<str>, Lanes<Waiting>>,
     known: HashMap<Key, State>,
     max: usize,
     waiting: usize,
@@ -87,11 +82,14 @@ struct State {
     again: bool,
 }
 
-#[derive(Debug, Default)]
-struct Line {
-    fresh: VecDeque<Waiting>,
-    backlog: BTreeMap<(i64, u64), Waiting>,
-    turns: u8,
+impl Timed for Waiting {
+    fn noticed(&self) -> Instant {
+        self.noticed
+    }
+
+    fn time(&self) -> i64 {
+        self.mtime
+    }
 }
 
 impl Window {
@@ -134,9 +132,7 @@ impl Window {
 
     /// Who is next in `detector`'s line.
     pub(super) fn next(&mut self, detector: &str, now: Instant) -> Option<Waiting> {
-        let line = self.lines.get_mut(detector)?;
-        line.age(now, &mut self.sequence);
-        let waiting = line.next(self.order)?;
+        let waiting = self.lines.get_mut(detector)?.next(self.order, now, &mut self.sequence)?;
         self.waiting -= 1;
         if let Some(state) = self.known.get_mut(&waiting.key) {
             state.taken = true;
@@ -170,13 +166,7 @@ impl Window {
 
     fn put(&mut self, detector: &Arc<str>, waiting: Waiting, fresh: bool) {
         self.waiting += 1;
-        self.sequence += 1;
-        let line = self.lines.entry(detector.clone()).or_default();
-        if fresh {
-            line.fresh.push_back(waiting);
-        } else {
-            line.backlog.insert((waiting.mtime, self.sequence), waiting);
-        }
+        self.lines.entry(detector.clone()).or_default().put(waiting, fresh, &mut self.sequence);
     }
 
     /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`. Never a claim: no
@@ -184,7 +174,7 @@ impl Window {
     fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<(Arc<str>, State)> {
         let newest_first = self.order == Order::FreshestFirst;
         // A detector with little gets room at the cost of the one with most.
-        let (longest, line) = self.lines.iter_mut().max_by_key(|(_, line)| line.fresh.len() + line.backlog.len())?;
+        let (longest, line) = self.lines.iter_mut().max_by_key(|(_, line)| line.len())?;
         let mut files = line.backlog.iter().filter(|(_, waiting)| waiting.claim.is_none()).map(|(key, _)| *key);
         let edge = if newest_first { files.next() } else { files.next_back() };
         let worst = match edge {
@@ -206,37 +196,13 @@ impl Window {
     }
 }
 
-impl Line {
-    /// What has waited too long to be fresh goes to the backlog.
-    fn age(&mut self, now: Instant, sequence: &mut u64) {
-        while self.fresh.front().is_some_and(|w| now.saturating_duration_since(w.noticed) > FRESH_FOR) {
-            let Some(waiting) = self.fresh.pop_front() else { return };
-            *sequence += 1;
-            self.backlog.insert((waiting.mtime, *sequence), waiting);
-        }
-    }
-
-    fn next(&mut self, order: Order) -> Option<Waiting> {
-        match order {
-            Order::FreshestFirst => {
-                if !self.fresh.is_empty() && (self.backlog.is_empty() || self.turns < FRESH_TURNS) {
-                    self.turns = self.turns.saturating_add(1).min(FRESH_TURNS);
-                    return self.fresh.pop_back();
-                }
-                self.turns = 0;
-                self.backlog.pop_last().map(|(_, w)| w)
-            }
-            // The backlog is older than what came since; within the fresh lane the first to come is the oldest.
-            Order::OldestFirst => self.backlog.pop_first().map(|(_, w)| w).or_else(|| self.fresh.pop_front()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd as _;
+    use std::time::Duration;
 
     use super::*;
+    use crate::source::lanes::FRESH_FOR;
 
     fn file(n: i64, at: Instant) -> Waiting {
         Waiting {

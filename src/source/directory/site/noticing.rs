@@ -88,7 +88,7 @@ impl Site {
             return;
         };
         let (now, wall) = (Instant::now(), Timestamp::now());
-        let quiet = self.entry.directory.quiet;
+        let quiet = self.config.quiet;
         let young = |settled| Young {
             size: look.size,
             mtime: look.mtime,
@@ -216,8 +216,8 @@ impl Site {
 
     /// An entry that is never taken: counted and said once. Whether it is news.
     pub(super) fn refuse(&self, inner: &mut Inner, key: &Key, look: &Look, reason: &'static str) -> bool {
-        let (scan, path) = (inner.scan, &self.entry.directory.path);
-        let name = self.template.fill(&key.dir).unwrap_or_else(|| self.entry.name.clone());
+        let (scan, path) = (inner.scan, &self.config.path);
+        let name = self.name_in(&key.dir).unwrap_or_else(|| self.entry.name.clone());
         let say = inner.refused.add(key, look, scan);
         match say {
             Say::New | Say::Changed => self.metrics.detector(&name).refused(reason),
@@ -247,7 +247,7 @@ impl Site {
                 tally.partial |= self.refuse(&mut self.inner(), &key, &look, "unreadable");
             }
             Some(_) | None => {
-                let (path, below) = (&self.entry.directory.path, std::ffi::OsStr::from_bytes(dir));
+                let (path, below) = (&self.config.path, std::ffi::OsStr::from_bytes(dir));
                 tracing::warn!(detector = %self.entry.name, ?path, ?below, %error, "a sub-directory cannot be looked into; it is tried again at the next scan");
                 tally.partial = true;
             }
@@ -312,12 +312,12 @@ impl Site {
         if changed {
             (young.size, young.mtime, young.since) = (look.size, look.mtime, now);
             if !young.settled {
-                young.due = now + self.entry.directory.quiet;
+                young.due = now + self.config.quiet;
                 inner.young.insert(key.clone(), young);
                 return;
             }
         }
-        let settled = young.settled || now >= young.since + self.entry.directory.quiet;
+        let settled = young.settled || now >= young.since + self.config.quiet;
         let waiting = Waiting {
             key: key.clone(),
             size: look.size,

@@ -66,7 +66,7 @@ impl Site {
     ) -> io::Result<bool> {
         let depth = dir.split(|b| *b == b'/').count();
         let hidden = dir.split(|b| *b == b'/').any(|c| c.starts_with(b"."));
-        if hidden || !self.entry.directory.recursive {
+        if hidden || !self.config.recursive {
             return Ok(true);
         }
         let mut tally = Tally::default();
@@ -102,7 +102,7 @@ impl Site {
             let unsaid = kind == FileType::Unknown;
             let is_dir = kind == FileType::Directory
                 || unsaid && tree::look(&fd, name).is_ok_and(|look| look.kind == FileType::Directory);
-            if is_dir && self.entry.directory.recursive {
+            if is_dir && self.config.recursive {
                 if !name.starts_with(b".") && depth < tree::DEPTH_MAX {
                     below.push(tree::join(dir, name).into());
                 }
@@ -118,7 +118,7 @@ impl Site {
                 Err(error) => self.not_seen(dir, look_below(root, dir), &error, tally),
             }
         }
-        if empty && depth > 0 && self.entry.directory.remove_empty_directories {
+        if empty && depth > 0 && self.config.remove_empty_directories {
             remove_if_long_empty(root, dir, &look);
         }
         Ok(watched)

@@ -77,8 +77,8 @@ impl Site {
                 if self.rewritten(held)? {
                     return Ok(());
                 }
-                match &self.entry.directory.archive {
-                    Some(archive) if self.entry.directory.after_publish == AfterPublish::Archive => {
+                match &self.config.archive {
+                    Some(archive) if self.config.after_publish == AfterPublish::Archive => {
                         archive::keep(archive, &held.claim)?;
                     }
                     Some(_) | None => held.claim.remove()?,

@@ -121,7 +121,7 @@ impl Site {
             Step::Read => {
                 let key = place(waiting);
                 let file = tree::join(&key.dir, &key.name);
-                let (path, file) = (&self.entry.directory.path, std::ffi::OsStr::from_bytes(&file));
+                let (path, file) = (&self.config.path, std::ffi::OsStr::from_bytes(&file));
                 tracing::warn!(detector = %offered.detector, ?path, ?file, %error, "a file cannot be read; it is tried again");
             }
         }
@@ -238,7 +238,7 @@ impl Site {
         unchanged
             && match flaw {
                 Flaw::Unsupported(_) => waiting.settled,
-                Flaw::Truncated(_) => waiting.still_since.elapsed() >= self.entry.directory.partial_timeout,
+                Flaw::Truncated(_) => waiting.still_since.elapsed() >= self.config.partial_timeout,
             }
     }
 
@@ -329,11 +329,11 @@ impl Site {
         let now = Instant::now();
         let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
         let since = if unchanged { waiting.still_since } else { now };
-        let quiet = self.entry.directory.quiet;
+        let quiet = self.config.quiet;
         // A file that has been still for long is looked at more and more rarely, and once at the time-out.
         let pause = after.unwrap_or_else(|| (now - since).clamp(quiet, LOOK_AGAIN_MAX.max(quiet)));
         let mut due = now + pause;
-        let end = since + self.entry.directory.partial_timeout;
+        let end = since + self.config.partial_timeout;
         if after.is_none() && end > now {
             due = due.min(end);
         }

@@ -28,8 +28,8 @@ impl Bench {
         let metrics = Metrics::new();
         let (intake, outlet) = queue(1 << 20, &metrics);
         let directory = Config { path: home.path().to_owned(), quiet: Duration::from_secs(1), ..Config::default() };
-        let entry = Entry { name: "Cam".into(), time_zone: "UTC".into(), directory, ..Entry::default() };
-        let (site, _) = Site::new(Arc::new(entry), intake, metrics, 1 << 20, Health::default()).unwrap();
+        let entry = Entry::of_directory("Cam", directory.clone());
+        let (site, _) = Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default()).unwrap();
         let root = Arc::new(Root::open(home.path()).unwrap());
         site.root.store(Some(root.clone()));
         Self { home, site, root, _outlet: outlet }

@@ -60,7 +60,7 @@ impl Site {
         // Held over all of it, so that what is shown is what was said last.
         let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut troubles);
-        let (name, path) = (&self.entry.name, &self.entry.directory.path);
+        let (name, path) = (&self.entry.name, &self.config.path);
         if let Some(why) = troubles.worst() {
             if self.health.set(State::Held(why.to_owned())) {
                 tracing::warn!(detector = %name, ?path, "detector held: {why}");
