@@ -113,7 +113,7 @@ impl Site {
 
     /// A writer that still held the file has changed it since it was read: that is another frame.
     fn rewritten(self: &Arc<Self>, held: &Held) -> io::Result<bool> {
-        let look = match held.claim.place(false).and_then(|(place, name)| tree::look(&place, &name)) {
+        let look = match held.claim.place().and_then(|(place, name)| tree::look(&place, &name)) {
             Ok(look) => look,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),

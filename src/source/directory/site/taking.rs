@@ -180,7 +180,7 @@ impl Site {
         waiting: &Waiting,
         buffer: &mut Vec<u8>,
     ) -> Result<Catch, Failure> {
-        let claimed = match claim.place(false).and_then(|(place, name)| tree::look(&place, &name)) {
+        let claimed = match claim.place().and_then(|(place, name)| tree::look(&place, &name)) {
             Ok(claimed) => claimed,
             // It is not at its place any more: trouble must not lose the claim.
             Err(error) => return Err(Failure { step: Step::Claim, error, claim: Some(claim) }),
@@ -199,7 +199,7 @@ impl Site {
     /// What is ours already: nobody else changes it but a writer that still holds it open.
     fn take_claimed(&self, claim: Claim, waiting: &Waiting, buffer: &mut Vec<u8>) -> Result<Catch, Failure> {
         let reading = |error| Failure { step: Step::Read, error, claim: Some(claim.clone()) };
-        let (place, name) = match claim.place(false) {
+        let (place, name) = match claim.place() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
             other => other.map_err(reading)?,
         };
