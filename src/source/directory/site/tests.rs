@@ -198,3 +198,26 @@ fn a_panic_while_taking_gives_the_frame_back_and_leaves_nothing_in_hand() {
     let taken: Vec<_> = offers.into_iter().map(|offer| (offer.take)(&mut Vec::new())).collect();
     assert_eq!(taken.iter().filter(|taken| matches!(taken, Taken::Frame(..))).count(), 1);
 }
+
+#[test]
+fn a25_files_from_the_future_stand_in_line_by_their_times_like_all_others() {
+    let bench = Bench::new();
+    let years = |n: u64| Duration::from_hours(n * 24 * 365);
+    for n in [3u64, 1, 4, 2] {
+        let file = fs::File::create(bench.path().join(format!("{n}.jpg"))).unwrap();
+        file.set_modified(SystemTime::now() + years(10) + Duration::from_mins(n)).unwrap();
+    }
+    bench.file("0.jpg", 100);
+    // They came a moment ago, which their inodes tell: they are watched over first, and are fresh.
+    bench.scan();
+    assert_eq!(bench.site.inner().young.len(), 4);
+    let later = Instant::now();
+    for young in bench.site.inner().young.values_mut() {
+        (young.since, young.due) = (later - Duration::from_secs(2), later);
+    }
+    bench.site.look_at_young();
+    let order: Vec<_> = std::iter::from_fn(|| bench.site.inner().window.next("Cam", later))
+        .map(|waiting| String::from_utf8_lossy(&waiting.key.name).into_owned())
+        .collect();
+    assert_eq!(order, ["4.jpg", "3.jpg", "2.jpg", "0.jpg", "1.jpg"]);
+}
