@@ -221,3 +221,18 @@ fn a25_files_from_the_future_stand_in_line_by_their_times_like_all_others() {
         .collect();
     assert_eq!(order, ["4.jpg", "3.jpg", "2.jpg", "0.jpg", "1.jpg"]);
 }
+
+#[test]
+fn what_waits_in_a_directory_that_goes_away_is_returned_and_not_dropped() {
+    let bench = Bench::new();
+    bench.site.inner().window = Window::new(bench.site.entry.order, 3);
+    for n in 0..5 {
+        bench.file(&format!("{n}.jpg"), 100 + n);
+    }
+    bench.scan();
+    let offer = bench.line().next().expect("it stands in line");
+    assert!(matches!((offer.take)(&mut Vec::new()), Taken::Gone), "it is empty: its writer may not be done");
+    bench.site.forget_all();
+    let counts = bench.counts();
+    assert_eq!((counts.received, counts.returned, counts.dropped, counts.pending), (5, 5, 0, 0));
+}
