@@ -22,7 +22,7 @@ pub(super) fn keep(archive: &Path, claim: &Claim) -> io::Result<()> {
     let root = tree::open(archive).map_err(|error| {
         io::Error::new(error.kind(), format!("the archive {} cannot be opened: {error}", archive.display()))
     })?;
-    let (place, name) = match claim.place(false) {
+    let (place, name) = match claim.place() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other?,
     };

@@ -1,14 +1,15 @@
 //! Claims: a file is taken by renaming it, without replacing anything, into a hidden directory of ours below the drop
-//! directory: `.framegate/<instance>/<same sub-directories>/<frame id>~<name>`. So nobody else takes or rewrites it, and
-//! where it came from is kept by where it lies. An instance holds a lock on `<instance>.lock` as long as it lives; the
-//! claims of a dead one are adopted by whoever gets its lock.
+//! directory: `.framegate/<instance>/<frame id>~<path>`, with `%2F` for each slash of its path and `%25` for each percent
+//! sign. So nobody else takes or rewrites it, and where it came from is kept in its name. An instance holds a lock on
+//! `<instance>.lock` as long as it lives; the claims of a dead one are adopted by whoever gets its lock.
 //!
-//! The cost: one rename for each frame, about as much as the unlink. Names of more than 228 bytes leave no room for the
-//! id beside them and get a directory of their own, `<frame id>~/<name>`.
+//! The cost: one rename for each frame, about as much as the unlink. No directory is made for it, so that a full disk can
+//! be emptied. Only paths too long for that (more than 228 bytes) mirror their sub-directories and get a directory of
+//! their own, `<sub-directories>/<frame id>~/<name>`, and on a full disk wait until the others have made room.
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -56,6 +57,14 @@ pub(super) struct Claim {
     pub name: Arc<[u8]>,
 }
 
+/// The directory that a claim lies in.
+pub(super) enum Place<'a> {
+    /// The instance's own, as for all but long paths.
+    Instance(BorrowedFd<'a>),
+    /// One of the claim's own, below that.
+    Below(OwnedFd),
+}
+
 impl Root {
     /// Opens the drop directory and makes our place in it.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
@@ -97,7 +106,7 @@ impl Root {
         let claim = Claim { root: self.clone(), instance: self.own.clone(), id, dir: dir.clone(), name: name.clone() };
         // Twice: pruning may remove a mirrored directory between making it and renaming into it.
         for _ in 0..2 {
-            let (place, as_name) = match claim.place(true) {
+            let (place, as_name) = match claim.make_place() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 other => other?,
             };
@@ -162,17 +171,18 @@ impl Root {
     ) -> io::Result<()> {
         let mut below = Vec::new();
         let here: Arc<[u8]> = dir.into();
+        let claim = |id: FrameId, dir: Arc<[u8]>, name: &[u8]| {
+            let (root, instance, name) = (self.clone(), instance.clone(), name.into());
+            Claim { root, instance, id, dir, name }
+        };
         tree::each(fd, |entry, kind| {
             if kind == FileType::Directory {
                 below.push(entry.to_vec());
-            } else if let Some((id, name)) = split(entry) {
-                claims.push(Claim {
-                    root: self.clone(),
-                    instance: instance.clone(),
-                    id,
-                    dir: here.clone(),
-                    name: name.into(),
-                });
+            } else if depth == 0
+                && let Some((id, path)) = split(entry)
+                && let Some((dir, name)) = unescaped(path)
+            {
+                claims.push(claim(id, dir.into(), &name));
             }
             Ok(())
         })?;
@@ -180,13 +190,7 @@ impl Root {
             let inside = tree::open_below(fd, &entry)?;
             match split(&entry) {
                 Some((id, b"")) => tree::each(&inside, |name, _| {
-                    claims.push(Claim {
-                        root: self.clone(),
-                        instance: instance.clone(),
-                        id: id.clone(),
-                        dir: here.clone(),
-                        name: name.into(),
-                    });
+                    claims.push(claim(id.clone(), here.clone(), name));
                     Ok(())
                 })?,
                 Some(_) | None if depth < tree::DEPTH_MAX => {
@@ -271,21 +275,41 @@ impl Instance {
 
 impl Claim {
     /// The directory that it lies in, and its name there.
-    pub(super) fn place(&self, make: bool) -> io::Result<(OwnedFd, Vec<u8>)> {
-        let prefix = format!("{}~", self.id);
-        let short = prefix.len() + self.name.len() <= NAME_BYTES_MAX;
-        let (dir, name) = if short {
-            (self.dir.to_vec(), [prefix.as_bytes(), &self.name].concat())
-        } else {
-            (tree::join(&self.dir, prefix.as_bytes()), self.name.to_vec())
-        };
-        let below = if make { tree::make_below } else { tree::open_below };
-        Ok((below(self.instance.fd.as_fd(), &dir)?, name))
+    pub(super) fn place(&self) -> io::Result<(Place<'_>, Vec<u8>)> {
+        self.place_by(tree::open_below)
+    }
+
+    /// The same, making what is missing of a long path's directories.
+    fn make_place(&self) -> io::Result<(Place<'_>, Vec<u8>)> {
+        self.place_by(tree::make_below)
+    }
+
+    fn place_by(
+        &self,
+        below: impl FnOnce(BorrowedFd<'_>, &[u8]) -> io::Result<OwnedFd>,
+    ) -> io::Result<(Place<'_>, Vec<u8>)> {
+        let instance = self.instance.fd.as_fd();
+        match self.short() {
+            Some(name) => Ok((Place::Instance(instance), name)),
+            None => Ok((Place::Below(below(instance, &self.long())?), self.name.to_vec())),
+        }
+    }
+
+    /// Its name in the instance's directory; `None`: it is too long.
+    fn short(&self) -> Option<Vec<u8>> {
+        let prefix = [self.id.as_str().as_bytes(), b"~"].concat();
+        let name = [prefix, escaped(&tree::join(&self.dir, &self.name))].concat();
+        (name.len() <= NAME_BYTES_MAX).then_some(name)
+    }
+
+    /// The directory of its own that one with a long path has.
+    fn long(&self) -> Vec<u8> {
+        tree::join(&self.dir, format!("{}~", self.id).as_bytes())
     }
 
     /// Removes it. Done already is done.
     pub(super) fn remove(&self) -> io::Result<()> {
-        let (place, name) = match self.place(false) {
+        let (place, name) = match self.place() {
             // Somebody removed the whole directory: there is nothing left to remove.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
@@ -294,26 +318,21 @@ impl Claim {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => return Err(error.into()),
         }
-        if name == *self.name {
-            // The directory of its own; one that stays is pruned later.
-            self.instance_dir_of_its_own();
-        }
+        self.remove_place(&place);
         Ok(())
     }
 
     /// Puts it back where it came from. `false`: there is another file of that name now, or no such directory; it stays
     /// a claim, which the next start adopts.
     pub(super) fn put_back(&self) -> io::Result<bool> {
-        let (place, name) = self.place(false)?;
+        let (place, name) = self.place()?;
         let back = match tree::open_below(self.root.fd.as_fd(), &self.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             other => other?,
         };
         match rename(place.as_fd(), &name, back.as_fd(), &self.name) {
             Ok(()) => {
-                if name == *self.name {
-                    self.instance_dir_of_its_own();
-                }
+                self.remove_place(&place);
                 Ok(true)
             }
             Err(Errno::EXIST | Errno::NOENT) => Ok(false),
@@ -324,20 +343,66 @@ impl Claim {
     /// The same file under a new id: its content is another frame now.
     pub(super) fn renew(&self) -> io::Result<Self> {
         let new = Self { id: FrameId::generate(), instance: self.root.own.clone(), ..self.clone() };
-        let (from, name) = self.place(false)?;
-        let (to, as_name) = new.place(true)?;
+        let (from, name) = self.place()?;
+        let (to, as_name) = new.make_place()?;
         rename(from.as_fd(), &name, to.as_fd(), &as_name)?;
+        drop(to);
         Ok(new)
     }
 
-    fn instance_dir_of_its_own(&self) {
-        if let Ok(parent) = tree::open_below(self.instance.fd.as_fd(), &self.dir) {
+    /// Removes the directory of its own; one that stays is pruned later.
+    fn remove_place(&self, place: &Place<'_>) {
+        if let Place::Below(_) = place
+            && let Ok(parent) = tree::open_below(self.instance.fd.as_fd(), &self.dir)
+        {
             rustix::fs::unlinkat(&parent, format!("{}~", self.id).as_str(), AtFlags::REMOVEDIR).ok();
         }
     }
 }
 
-/// `<frame id>~<name>`
+impl AsFd for Place<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Instance(fd) => *fd,
+            Self::Below(fd) => fd.as_fd(),
+        }
+    }
+}
+
+/// A path as part of one name.
+fn escaped(path: &[u8]) -> Vec<u8> {
+    let mut name = Vec::with_capacity(path.len());
+    for byte in path {
+        match byte {
+            b'/' => name.extend(b"%2F"),
+            b'%' => name.extend(b"%25"),
+            other => name.push(*other),
+        }
+    }
+    name
+}
+
+/// The sub-directory and the name that [`escaped`] was given. `None`: it is not of that form.
+fn unescaped(name: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let mut path = Vec::with_capacity(name.len());
+    let mut rest = name;
+    while let Some((byte, after)) = rest.split_first() {
+        let (byte, after) = match (byte, after) {
+            (b'%', [b'2', b'F', after @ ..]) => (b'/', after),
+            (b'%', [b'2', b'5', after @ ..]) => (b'%', after),
+            (b'%', _) => return None,
+            (other, after) => (*other, after),
+        };
+        path.push(byte);
+        rest = after;
+    }
+    let at = path.iter().rposition(|b| *b == b'/');
+    let name = path.split_off(at.map_or(0, |at| at + 1));
+    path.pop();
+    (!name.is_empty()).then_some((path, name))
+}
+
+/// `<frame id>~<rest>`
 fn split(entry: &[u8]) -> Option<(FrameId, &[u8])> {
     let at = entry.iter().position(|b| *b == b'~')?;
     let id = FrameId::parse(std::str::from_utf8(&entry[..at]).ok()?)?;
@@ -402,6 +467,25 @@ mod tests {
         next.tidy().unwrap();
         drop(next);
         assert_eq!(std::fs::read_dir(home.path().join(".framegate")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a18_a19_a_claim_needs_no_room_but_for_its_name_wherever_the_file_lay() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(home.path().join("a%2Fb/c")).unwrap();
+        std::fs::write(home.path().join("a%2Fb/c/100%.jpg"), b"image").unwrap();
+        let root = Arc::new(Root::open(home.path()).unwrap());
+        claim(&root, b"a%2Fb/c", b"100%.jpg").unwrap();
+        tree::each(&root.own.fd, |_, kind| {
+            assert_eq!(kind, FileType::RegularFile, "no directory is made for it");
+            Ok(())
+        })
+        .unwrap();
+        drop(root);
+        let next = Arc::new(Root::open(home.path()).unwrap());
+        let [adopted] = &next.adopt().unwrap()[..] else { panic!("one is adopted") };
+        assert_eq!((&*adopted.dir, &*adopted.name), (&b"a%2Fb/c"[..], &b"100%.jpg"[..]));
+        assert!(adopted.put_back().unwrap());
     }
 
     #[test]

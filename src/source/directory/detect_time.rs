@@ -50,7 +50,7 @@ impl Finder {
         Ok(Self { way, zone })
     }
 
-    /// The detection time, and whether an absurd one was replaced by the time of arrival.
+    /// The detection time, and whether an absurd one was replaced by the time of arrival, or that by now.
     pub(super) fn find(
         &self,
         name: &[u8],
@@ -59,9 +59,11 @@ impl Finder {
         arrival: Timestamp,
         now: Timestamp,
     ) -> (Timestamp, bool) {
+        // Noticed before the clock was put back, it came in the future, which nobody believes.
+        let (arrival, ahead) = (arrival.min(now), arrival > now);
         let modified = || Timestamp::from_nanosecond(i128::from(modified)).ok();
         let found = match &self.way {
-            Way::Arrival => return (arrival, false),
+            Way::Arrival => return (arrival, ahead),
             Way::Modified => modified(),
             Way::Exif => self.exif(image).or_else(modified),
             Way::Name(regex, format) => self.name(regex, format, name).or_else(modified),
@@ -162,6 +164,15 @@ mod tests {
         ] {
             let want = if corrected { arrival } else { at(modified) };
             assert_eq!(finder.find(b"", b"", nanos(modified), arrival, now), (want, corrected), "{modified}");
+        }
+    }
+
+    #[test]
+    fn a_time_of_arrival_that_is_ahead_since_the_clock_was_put_back_is_now() {
+        let (now, arrival) = (at("2016-11-24T00:00:00Z"), at("2026-11-23T23:59:00Z"));
+        for way in [DetectTime::Modified, DetectTime::Arrival] {
+            let finder = Finder::new(&way, "UTC").unwrap();
+            assert_eq!(finder.find(b"", b"", nanos("2026-11-23T23:58:00Z"), arrival, now), (now, true));
         }
     }
 

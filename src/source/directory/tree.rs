@@ -67,21 +67,21 @@ pub(super) fn look_along(path: &Path) -> io::Result<Look> {
 
 /// Opens the directory `rel` (components between slashes, empty for `root` itself) below `root`, on the same file system.
 pub(super) fn open_below(root: BorrowedFd<'_>, rel: &[u8]) -> io::Result<OwnedFd> {
-    walk(root, rel, |_, _| Ok(()))
+    walk(root, rel, |_, _| Err(Errno::NOENT))
 }
 
 /// The same, making what is missing, for us alone.
 pub(super) fn make_below(root: BorrowedFd<'_>, rel: &[u8]) -> io::Result<OwnedFd> {
     walk(root, rel, |parent, name| match rustix::fs::mkdirat(parent, name, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     })
 }
 
 fn walk(
     root: BorrowedFd<'_>,
     rel: &[u8],
-    before: impl Fn(BorrowedFd<'_>, &OsStr) -> io::Result<()>,
+    missing: impl Fn(BorrowedFd<'_>, &OsStr) -> Result<(), Errno>,
 ) -> io::Result<OwnedFd> {
     let mut here: Option<OwnedFd> = None;
     for component in rel.split(|b| *b == b'/').filter(|c| !c.is_empty()) {
@@ -90,8 +90,12 @@ fn walk(
         if component == b"." || component == b".." {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        before(parent, name)?;
-        here = Some(rustix::fs::openat(parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?);
+        let open = || rustix::fs::openat(parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty());
+        let opened = match open() {
+            Err(Errno::NOENT) => missing(parent, name).and_then(|()| open()),
+            other => other,
+        };
+        here = Some(opened?);
     }
     match here {
         Some(fd) => Ok(fd),

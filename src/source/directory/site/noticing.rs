@@ -19,6 +19,7 @@ use super::refused::Say;
 use super::scanning::Tally;
 use super::taking::{Later, RETRY_AFTER};
 use super::{Inner, NOTHING, Site};
+use crate::source::AHEAD_MAX;
 
 /// Unfinished files that are watched over at once; others wait for the next scan.
 pub(super) const YOUNG_MAX: usize = 65_536;
@@ -111,14 +112,12 @@ impl Site {
             }
             return;
         }
-        let old_enough = || {
-            let age = wall.as_nanosecond() - i128::from(look.mtime);
-            age >= i128::try_from(quiet.as_nanos()).unwrap_or(i128::MAX)
-        };
         let (fresh, settled, scan) = match via {
             Via::Moved => (true, true, 0),
             Via::Closed => (true, false, 0),
-            Via::Scan(scan) if old_enough() => (false, true, scan),
+            Via::Scan(scan) if unchanged_for(&look, quiet, wall) == Some(true) => (false, true, scan),
+            // What is wrong with it may yet change, as after a writer closed it; what is whole is published.
+            Via::Scan(scan) if unchanged_for(&look, quiet, wall).is_none() => (false, false, scan),
             Via::Scan(_) => {
                 if !inner.window.knows(key) && inner.young.len() < YOUNG_MAX {
                     inner.young.insert(key.clone(), young(false));
@@ -259,7 +258,10 @@ impl Site {
         let now = Instant::now();
         let due: Vec<Key> = {
             let inner = self.inner();
-            inner.young.iter().filter(|(_, y)| y.due <= now).map(|(key, _)| key.clone()).collect()
+            let mut due: Vec<_> = inner.young.iter().filter(|(_, y)| y.due <= now).collect();
+            // The newest comes last, as when they are written one by one.
+            due.sort_unstable_by(|(a, x), (b, y)| (x.mtime, &a.dir, &a.name).cmp(&(y.mtime, &b.dir, &b.name)));
+            due.into_iter().map(|(key, _)| key.clone()).collect()
         };
         self.put_back_later(now);
         let root = self.root.load_full();
@@ -361,6 +363,16 @@ impl Site {
             FileType::CharacterDevice | FileType::BlockDevice | FileType::Unknown => Some("device"),
         }
     }
+}
+
+/// Whether nobody has changed a file for `quiet`, by our clock. `None`: its times are far ahead of that, and so do not
+/// tell.
+fn unchanged_for(look: &Look, quiet: Duration, now: Timestamp) -> Option<bool> {
+    let now = now.as_nanosecond();
+    let ahead = |time: i64| i128::from(time) > now + AHEAD_MAX.as_nanos().cast_signed();
+    // A time that a writer sets may be any; the change of the inode is by the clock of who keeps the file.
+    let changed = if ahead(look.mtime) { look.ctime } else { look.mtime };
+    (!ahead(changed)).then(|| now - i128::from(changed) >= i128::try_from(quiet.as_nanos()).unwrap_or(i128::MAX))
 }
 
 fn advice(reason: &str, look: &Look) -> &'static str {

@@ -128,7 +128,7 @@ impl Site {
     fn adopt(self: &Arc<Self>, root: &Arc<Root>) -> io::Result<()> {
         for claim in root.adopt()? {
             // One that cannot be looked at now is tried again when it is its turn: it is listed only once.
-            let look = claim.place(false).and_then(|(place, name)| tree::look(&place, &name)).unwrap_or(NOTHING);
+            let look = claim.place().and_then(|(place, name)| tree::look(&place, &name)).unwrap_or(NOTHING);
             let mut inner = self.inner();
             let detector = self.detector_of(&inner, &claim.dir).unwrap_or_else(|| self.entry.name.as_str().into());
             self.add_claim(&mut inner, &detector, claim, look, true);

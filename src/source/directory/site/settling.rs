@@ -12,7 +12,8 @@ use super::super::claim::{Claim, Root};
 use super::super::tree::{self, Look};
 use super::super::window::Waiting;
 use super::super::{AfterPublish, archive};
-use super::{Site, key_of};
+use super::taking::Later;
+use super::{Inner, Site, key_of};
 use crate::settle::Disposition;
 
 /// What became of a frame that we had claimed.
@@ -113,7 +114,7 @@ impl Site {
 
     /// A writer that still held the file has changed it since it was read: that is another frame.
     fn rewritten(self: &Arc<Self>, held: &Held) -> io::Result<bool> {
-        let look = match held.claim.place(false).and_then(|(place, name)| tree::look(&place, &name)) {
+        let look = match held.claim.place().and_then(|(place, name)| tree::look(&place, &name)) {
             Ok(look) => look,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
@@ -149,29 +150,26 @@ impl Site {
         }
     }
 
-    /// The drop directory is gone or another: what stood in line by its place there does not any more.
+    /// The drop directory is gone or another: what stood in line by its place there does not any more. It is returned:
+    /// nobody knows that it is lost, and should the directory come back, it is received again.
     pub(in crate::source::directory) fn forget_all(&self) {
-        let mut inner = self.inner();
-        let all = inner.window.drain();
-        for (detector, waiting) in all {
+        let inner = &mut *self.inner();
+        let later = inner.later.extract_if(.., |it| it.waiting.claim.is_none());
+        let mut returned: HashMap<Arc<str>, i64> = std::mem::take(&mut inner.beyond);
+        for Later { detector, waiting, .. } in later {
+            inner.window.forget(&waiting.key);
+            *returned.entry(detector).or_default() += 1;
+        }
+        for (detector, waiting) in inner.window.drain() {
             if waiting.claim.is_some() {
                 inner.window.put_back(&detector, waiting);
-            } else if let Some(line) = inner.lines.get(&detector) {
-                line.dropped("vanished");
+            } else {
+                *returned.entry(detector).or_default() += 1;
             }
         }
-        let young: Vec<_> = inner.young.drain().filter(|(_, y)| y.counted).map(|(key, _)| key).collect();
-        for key in young {
-            if let Some(line) = self.detector_of(&inner, &key.dir).and_then(|name| inner.lines.get(&name)) {
-                line.dropped("vanished");
-            }
-        }
-        for (detector, beyond) in std::mem::take(&mut inner.beyond) {
-            if let Some(line) = inner.lines.get(&detector) {
-                (0..beyond).for_each(|_| line.dropped("vanished"));
-            }
-        }
+        self.return_young(inner, &mut returned);
         inner.refused.clear();
+        count_returned(inner, returned);
     }
 
     /// Nothing more is taken: what waits in line is returned, and only what is in hand is still pending here. A claim
@@ -186,16 +184,16 @@ impl Site {
             }
             *returned.entry(detector).or_default() += 1;
         }
+        self.return_young(&mut inner, &mut returned);
+        count_returned(&inner, returned);
+    }
+
+    fn return_young(&self, inner: &mut Inner, returned: &mut HashMap<Arc<str>, i64>) {
         for (key, young) in std::mem::take(&mut inner.young) {
             if young.counted
-                && let Some(detector) = self.detector_of(&inner, &key.dir)
+                && let Some(detector) = self.detector_of(inner, &key.dir)
             {
                 *returned.entry(detector).or_default() += 1;
-            }
-        }
-        for (detector, n) in returned {
-            if let Some(line) = inner.lines.get(&detector) {
-                line.returned(n.unsigned_abs());
             }
         }
     }
@@ -213,6 +211,14 @@ impl Site {
         }
         // Ends the lines, which hold this site.
         inner.lines.clear();
+    }
+}
+
+fn count_returned(inner: &Inner, returned: HashMap<Arc<str>, i64>) {
+    for (detector, n) in returned {
+        if let Some(line) = inner.lines.get(&detector) {
+            line.returned(n.unsigned_abs());
+        }
     }
 }
 

@@ -30,7 +30,7 @@ pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Trouble with taking is over when no file has met it for this long: longer than any waits between two tries.
 const TROUBLE_LASTS: Duration = Duration::from_secs(8);
 
-/// A claim that gave trouble, and when it goes back in line.
+/// One that gave trouble, a claim as a rule, and when it goes back in line.
 pub(super) struct Later {
     pub due: Instant,
     pub detector: Arc<str>,
@@ -43,11 +43,14 @@ pub(super) struct SiteLine {
     pub detector: Arc<str>,
 }
 
-/// A frame on its way to being taken. Dropped untaken, it goes back in line.
+/// A frame on its way to being taken. Dropped untaken, it goes back in line; after a panic, behind the others.
 struct Offered {
     site: Arc<Site>,
     detector: Arc<str>,
+    /// Gone once something else has become of it.
     waiting: Option<Waiting>,
+    /// Whoever settles it counts it as done.
+    handed_on: bool,
 }
 
 impl Site {
@@ -75,6 +78,9 @@ impl Site {
             Some(claim) => self.take_claimed(claim.clone(), &waiting, buffer),
             None => self.take_file(&root, &waiting, buffer),
         };
+        if let Ok(Catch::Whole(claim, _) | Catch::Flawed(claim, ..)) = &result {
+            self.claimed(offered, &waiting, claim);
+        }
         match result {
             Ok(Catch::Whole(claim, look)) => return self.frame(offered, &waiting, &claim, look, buffer, None),
             Ok(Catch::Flawed(claim, look, refusal)) => {
@@ -107,11 +113,8 @@ impl Site {
         self.metrics.counter("settle_errors_total", &[("operation", step.as_str())]).increment(1);
         if concerns_all(&error) {
             self.taking_trouble(advice(&error), TROUBLE_LASTS);
-            if let Some(claim) = claim
-                && waiting.claim.is_none()
-            {
-                self.forget(&waiting.key);
-                offered.waiting = Some(Waiting { key: key_of(&claim), claim: Some(claim), ..waiting.clone() });
+            if let Some(claim) = claim {
+                self.claimed(offered, waiting, &claim);
             }
             // Back in line when `offered` is dropped.
             return;
@@ -130,6 +133,14 @@ impl Site {
         }
         let look = Look { size: waiting.size, mtime: waiting.mtime, ..NOTHING };
         self.back_to_young(offered, waiting, look, Some(pause(waiting)));
+    }
+
+    /// From now on it goes back in line as a claim: nobody would find it where it lay.
+    fn claimed(&self, offered: &mut Offered, waiting: &Waiting, claim: &Claim) {
+        if waiting.claim.is_none() {
+            offered.waiting = Some(Waiting { key: key_of(claim), claim: Some(claim.clone()), ..waiting.clone() });
+            self.forget(&waiting.key);
+        }
     }
 
     fn take_file(&self, root: &Arc<Root>, waiting: &Waiting, buffer: &mut Vec<u8>) -> Result<Catch, Failure> {
@@ -180,7 +191,7 @@ impl Site {
         waiting: &Waiting,
         buffer: &mut Vec<u8>,
     ) -> Result<Catch, Failure> {
-        let claimed = match claim.place(false).and_then(|(place, name)| tree::look(&place, &name)) {
+        let claimed = match claim.place().and_then(|(place, name)| tree::look(&place, &name)) {
             Ok(claimed) => claimed,
             // It is not at its place any more: trouble must not lose the claim.
             Err(error) => return Err(Failure { step: Step::Claim, error, claim: Some(claim) }),
@@ -199,7 +210,7 @@ impl Site {
     /// What is ours already: nobody else changes it but a writer that still holds it open.
     fn take_claimed(&self, claim: Claim, waiting: &Waiting, buffer: &mut Vec<u8>) -> Result<Catch, Failure> {
         let reading = |error| Failure { step: Step::Read, error, claim: Some(claim.clone()) };
-        let (place, name) = match claim.place(false) {
+        let (place, name) = match claim.place() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
             other => other.map_err(reading)?,
         };
@@ -263,15 +274,15 @@ impl Site {
             noticed: waiting.noticed,
             received_at: waiting.received_at,
         };
-        offered.waiting = None;
-        let mut inner = self.inner();
-        let again = inner.window.forget(&waiting.key);
-        let detector = self.register(&mut inner, &offered.detector).detector.clone();
-        if again {
-            self.look_again(&mut inner, &waiting.key);
-        }
-        drop(inner);
+        let detector = {
+            let mut inner = self.inner();
+            // Nothing is left of it but the claim; one of a file has been forgotten by its place.
+            inner.window.forget(&key_of(claim));
+            self.register(&mut inner, &offered.detector).detector.clone()
+        };
         let age = Duration::try_from(now.duration_since(detect_time)).unwrap_or_default();
+        offered.waiting = None;
+        offered.handed_on = true;
         if refusal.is_none() && !self.entry.max_age.is_zero() && age > self.entry.max_age {
             self.tell(held, Disposition::Dropped);
             return Taken::Gone;
@@ -296,12 +307,11 @@ impl Site {
 
     /// It is not in line any more, and counted so.
     fn gone(&self, offered: &mut Offered, waiting: &Waiting, count: impl FnOnce(&Registered)) {
-        offered.waiting = None;
         if let Some(line) = self.inner().lines.get(&offered.detector) {
             count(line);
         }
         self.forget(&waiting.key);
-        self.done();
+        offered.waiting = None;
     }
 
     /// A taken one is not in line any more; what came to its place meanwhile is looked at.
@@ -314,18 +324,20 @@ impl Site {
 
     /// A claim that gives trouble goes back in line later, behind those that give none.
     fn later(&self, offered: &mut Offered, waiting: &Waiting, claim: Claim) {
-        offered.waiting = None;
         self.forget(&waiting.key);
-        let due = Instant::now() + pause(waiting);
         let waiting = Waiting { key: key_of(&claim), claim: Some(claim), ..waiting.clone() };
-        self.inner().later.push(Later { due, detector: offered.detector.clone(), waiting });
+        self.put_behind(&offered.detector, waiting);
+        offered.waiting = None;
+    }
+
+    fn put_behind(&self, detector: &Arc<str>, waiting: Waiting) {
+        let due = Instant::now() + pause(&waiting);
+        self.inner().later.push(Later { due, detector: detector.clone(), waiting });
         self.changed.notify_one();
-        self.done();
     }
 
     /// Not complete, or in trouble: looked at again later.
     fn back_to_young(&self, offered: &mut Offered, waiting: &Waiting, look: Look, after: Option<Duration>) {
-        offered.waiting = None;
         let now = Instant::now();
         let unchanged = (look.size, look.mtime) == (waiting.size, waiting.mtime);
         let since = if unchanged { waiting.still_since } else { now };
@@ -362,8 +374,8 @@ impl Site {
             line.dropped("vanished");
         }
         drop(inner);
+        offered.waiting = None;
         self.changed.notify_one();
-        self.done();
     }
 }
 
@@ -411,7 +423,12 @@ impl Line for SiteLine {
             return None;
         };
         let image_bytes = waiting.size;
-        let mut offered = Offered { site: self.site.clone(), detector: self.detector.clone(), waiting: Some(waiting) };
+        let mut offered = Offered {
+            site: self.site.clone(),
+            detector: self.detector.clone(),
+            waiting: Some(waiting),
+            handed_on: false,
+        };
         Some(Offer { image_bytes, take: Box::new(move |buffer| self::take(&mut offered, buffer)) })
     }
 }
@@ -423,11 +440,16 @@ fn take(offered: &mut Offered, buffer: &mut Vec<u8>) -> Taken {
 
 impl Drop for Offered {
     fn drop(&mut self) {
-        if let Some(waiting) = self.waiting.take() {
-            let mut inner = self.site.inner();
-            inner.window.put_back(&self.detector, waiting);
-            drop(inner);
-            self.site.put_back.store(true, Ordering::Relaxed);
+        match self.waiting.take() {
+            // A bug, which it would meet again at once.
+            Some(waiting) if std::thread::panicking() => self.site.put_behind(&self.detector, waiting),
+            Some(waiting) => {
+                self.site.inner().window.put_back(&self.detector, waiting);
+                self.site.put_back.store(true, Ordering::Relaxed);
+            }
+            None => {}
+        }
+        if !self.handed_on {
             self.site.done();
         }
     }

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::super::tree;
 use super::*;
+use crate::encode::image::tests::a_jpeg;
 use crate::metrics::DetectorCounts;
 use crate::queue::{Line as _, Outlet, Taken, queue};
 use crate::source::directory::Config;
@@ -24,10 +25,15 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut Config)) -> Self {
         let home = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
         let (intake, outlet) = queue(1 << 20, &metrics);
-        let directory = Config { path: home.path().to_owned(), quiet: Duration::from_secs(1), ..Config::default() };
+        let mut directory = Config { path: home.path().to_owned(), quiet: Duration::from_secs(1), ..Config::default() };
+        change(&mut directory);
         let entry = Entry::of_directory("Cam", directory.clone());
         let (site, _) = Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default()).unwrap();
         let root = Arc::new(Root::open(home.path()).unwrap());
@@ -166,4 +172,67 @@ fn more_unfinished_files_than_can_be_watched_over_wait_for_the_next_scan_and_are
     bench.scan();
     assert_eq!(bench.site.inner().window.len(), 1, "it is found again");
     assert_eq!((bench.counts().received, bench.counts().pending, bench.counts().dropped), (3, 3, 0));
+}
+
+#[test]
+fn a_panic_while_taking_gives_the_frame_back_and_leaves_nothing_in_hand() {
+    // Overflows when the end of waiting for an unfinished file is reckoned: a bug that no check keeps out of here.
+    let bench = Bench::with(|config| config.partial_timeout = Duration::MAX);
+    bench.file("a.jpg", 10);
+    bench.scan();
+    let offer = bench.line().next().expect("it stands in line");
+    let taken = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| (offer.take)(&mut Vec::new())));
+    assert!(taken.is_err(), "it panics");
+    assert_eq!(bench.site.outstanding.load(Ordering::SeqCst), 0);
+    assert!(bench.line().next().is_none(), "others come first");
+    bench.file("b.jpg", 20);
+    bench.scan();
+    assert!(bench.line().next().is_some(), "and are not held up");
+    assert_eq!((bench.counts().received, bench.counts().pending), (2, 2));
+    bench.site.inner().later[0].due = Instant::now();
+    bench.site.look_at_young();
+    bench.site.put_back.store(false, Ordering::Relaxed);
+    fs::remove_file(bench.path().join("b.jpg")).unwrap();
+    fs::write(bench.path().join("a.jpg"), a_jpeg()).unwrap();
+    let offers: Vec<_> = std::iter::from_fn(|| bench.line().next()).collect();
+    let taken: Vec<_> = offers.into_iter().map(|offer| (offer.take)(&mut Vec::new())).collect();
+    assert_eq!(taken.iter().filter(|taken| matches!(taken, Taken::Frame(..))).count(), 1);
+}
+
+#[test]
+fn a25_files_from_the_future_stand_in_line_by_their_times_like_all_others() {
+    let bench = Bench::new();
+    let years = |n: u64| Duration::from_hours(n * 24 * 365);
+    for n in [3u64, 1, 4, 2] {
+        let file = fs::File::create(bench.path().join(format!("{n}.jpg"))).unwrap();
+        file.set_modified(SystemTime::now() + years(10) + Duration::from_mins(n)).unwrap();
+    }
+    bench.file("0.jpg", 100);
+    // They came a moment ago, which their inodes tell: they are watched over first, and are fresh.
+    bench.scan();
+    assert_eq!(bench.site.inner().young.len(), 4);
+    let later = Instant::now();
+    for young in bench.site.inner().young.values_mut() {
+        (young.since, young.due) = (later - Duration::from_secs(2), later);
+    }
+    bench.site.look_at_young();
+    let order: Vec<_> = std::iter::from_fn(|| bench.site.inner().window.next("Cam", later))
+        .map(|waiting| String::from_utf8_lossy(&waiting.key.name).into_owned())
+        .collect();
+    assert_eq!(order, ["4.jpg", "3.jpg", "2.jpg", "0.jpg", "1.jpg"]);
+}
+
+#[test]
+fn what_waits_in_a_directory_that_goes_away_is_returned_and_not_dropped() {
+    let bench = Bench::new();
+    bench.site.inner().window = Window::new(bench.site.entry.order, 3);
+    for n in 0..5 {
+        bench.file(&format!("{n}.jpg"), 100 + n);
+    }
+    bench.scan();
+    let offer = bench.line().next().expect("it stands in line");
+    assert!(matches!((offer.take)(&mut Vec::new()), Taken::Gone), "it is empty: its writer may not be done");
+    bench.site.forget_all();
+    let counts = bench.counts();
+    assert_eq!((counts.received, counts.returned, counts.dropped, counts.pending), (5, 5, 0, 0));
 }
