@@ -80,7 +80,7 @@ impl Findings {
         }
     }
 
-    fn no_more_than<T: PartialOrd + std::fmt::Display>(&mut self, key: &str, value: T, max: T) {
+    fn no_more_than<T: Copy + PartialOrd + std::fmt::Display>(&mut self, key: &str, value: T, max: T) {
         if value > max {
             self.problem(key, format!("is {value}"), format!("write at most {max}"));
         }
