@@ -331,8 +331,9 @@ impl Publisher {
             return Ended { case, number, token: 0, verdict: Verdict::Token, latency: Duration::ZERO };
         };
         let started = Instant::now();
-        let result = live.client.publish(token.header, body).await;
+        let result = live.client.publish(token.header.clone(), body).await;
         let latency = started.elapsed();
+        let result = result.map(|reply| reply.masking(token.text()));
         let now = SystemTime::now();
         let verdict = judge(&result, now);
         self.count(&result, &verdict, latency, now);

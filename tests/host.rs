@@ -947,6 +947,8 @@ async fn echo(
     body: bytes::Bytes,
 ) -> axum::response::Response {
     let sent = format!("{:?} {}", headers.get("authorization"), String::from_utf8_lossy(&body));
+    // As the JSON of .NET and PHP writes it.
+    let sent = format!("{sent} {}", sent.replace('+', "\\u002B").replace('/', "\\/"));
     let answer = |status: u16, body: String| {
         let mut answer = axum::response::Response::new(axum::body::Body::from(body));
         *answer.status_mut() = axum::http::StatusCode::from_u16(status).expect("a status");
@@ -1029,6 +1031,8 @@ fn secrets_of(tokens: &[String], images: &[Vec<u8>]) -> Secrets {
             secrets.push(("an image in base64".to_owned(), text[at..at + 24].to_owned()));
         }
     }
+    secrets.push(("an image in base64".to_owned(), "AAEEpGSUYAAQIAAAEAAQ".to_owned()));
+    secrets.push(("an image in base64".to_owned(), "AAEQgAZABkAwAiAAERAQIRA".to_owned()));
     secrets.push(("an image".to_owned(), "JFIF".to_owned()));
     secrets.push(("an image".to_owned(), "\u{fffd}\u{fffd}\u{fffd}".to_owned()));
     secrets
@@ -1076,20 +1080,31 @@ fn e4_an_engine_that_says_everything_back_gets_no_token_password_or_image_into_w
 
 #[test]
 fn e4_a_token_from_a_file_is_never_shown() {
-    let token = jwt(600);
-    let engine = Echo::start();
-    let site = Site::new(&format!("http://{}", engine.address))
-        .token(&token)
-        .section("[publish]\nbackoff_min = \"10ms\"\nbackoff_max = \"50ms\"")
-        .environment("FRAMEGATE_LOG__LEVEL", "trace,hyper=trace,hyper_util=trace,reqwest=trace")
-        .detector("Cam", "UTC", QUICK);
-    let daemon = site.run();
-    for (n, status) in (0..).zip([400, 403, 500, 503, 404, 401]) {
-        engine.said.publish.lock().unwrap().push(status);
-        put_face(&site.drop_dir("Cam"), n);
-        eventually(&format!("status {status} was answered"), PATIENCE * 2, || {
-            engine.said.publish.lock().unwrap().is_empty().then_some(())
-        });
-        none_is_in(&secrets_of(std::slice::from_ref(&token), &[image(n)]), &everything_shown(&site, &daemon));
+    let part = |n: usize| format!("canary{n}token{:016x}", fastrand::u64(..));
+    let opaque = format!("{}+{}/", part(0), part(1));
+    let (short, parts) = (part(2), [part(3), part(4)]);
+    for (token, pieces) in [
+        (jwt(600), vec![]),
+        (short.clone(), vec![short]),
+        (parts.join("+"), parts.to_vec()),
+        (opaque.clone(), opaque.split_terminator(['+', '/']).map(str::to_owned).collect()),
+    ] {
+        let engine = Echo::start();
+        let site = Site::new(&format!("http://{}", engine.address))
+            .token(&token)
+            .section("[publish]\nbackoff_min = \"10ms\"\nbackoff_max = \"50ms\"")
+            .environment("FRAMEGATE_LOG__LEVEL", "trace,hyper=trace,hyper_util=trace,reqwest=trace")
+            .detector("Cam", "UTC", QUICK);
+        let daemon = site.run();
+        for (n, status) in (0..).zip([400, 403, 500, 503, 404, 401]) {
+            engine.said.publish.lock().unwrap().push(status);
+            put_face(&site.drop_dir("Cam"), n);
+            eventually(&format!("status {status} was answered"), PATIENCE * 2, || {
+                engine.said.publish.lock().unwrap().is_empty().then_some(())
+            });
+            let mut secrets = secrets_of(std::slice::from_ref(&token), &[image(n)]);
+            secrets.extend(pieces.iter().map(|piece| ("a piece of the token".to_owned(), piece.clone())));
+            none_is_in(&secrets, &everything_shown(&site, &daemon));
+        }
     }
 }

@@ -9,7 +9,9 @@ mod push;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
+use bytesize::ByteSize;
 use humantime::format_duration;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -19,6 +21,20 @@ use crate::source::Entry;
 
 /// `encode.memory` is at least so many times `encode.max_frame`: an image and its body.
 const FRAMES_IN_MEMORY_MIN: u64 = 2;
+/// An image larger than this is a mistake, in bytes; the engine takes far less.
+const FRAME_MAX: u64 = 1 << 30;
+/// More memory than this is a mistake, in bytes.
+const MEMORY_MAX: u64 = 1 << 40;
+/// More encode threads than this are a mistake.
+const WORKERS_MAX: usize = 1024;
+/// More requests at once than this are a mistake: each is a connection.
+const IN_FLIGHT_MAX: usize = 10_000;
+/// A larger weight would leave the other detectors next to nothing.
+const WEIGHT_MAX: u32 = 1000;
+/// The longest wait for something that is under way; and in the words of the configuration.
+const WAIT_MAX: (Duration, &str) = (Duration::from_hours(24), "1d");
+/// The longest age of anything. Clocks reckon with durations, and overflow some way beyond.
+const AGE_MAX: (Duration, &str) = (Duration::from_hours(24 * 3650), "3650d");
 
 /// Everything that is wrong or worth a warning, in the order of the sections.
 pub fn check(settings: &Settings, facts: &Facts) -> Vec<Finding> {
@@ -31,6 +47,7 @@ pub fn check(settings: &Settings, facts: &Facts) -> Vec<Finding> {
     admin(settings, &mut found);
     log(settings, &mut found);
     found.not_zero("shutdown.deadline", settings.shutdown.deadline, "20s");
+    found.at_most("shutdown.deadline", settings.shutdown.deadline, WAIT_MAX);
     for (i, entry) in settings.detectors.iter().enumerate() {
         detector::check(&format!("detectors[{i}]"), entry, &mut found);
     }
@@ -59,6 +76,18 @@ impl Findings {
         }
     }
 
+    fn at_most(&mut self, key: &str, value: Duration, (max, shown): (Duration, &str)) {
+        if value > max {
+            self.problem(key, format!("is {}", format_duration(value)), format!("write at most {shown}"));
+        }
+    }
+
+    fn no_more_than<T: Copy + PartialOrd + std::fmt::Display>(&mut self, key: &str, value: T, max: T) {
+        if value > max {
+            self.problem(key, format!("is {value}"), format!("write at most {max}"));
+        }
+    }
+
     fn rate(&mut self, key: &str, rate: f64) {
         if !(rate.is_finite() && rate >= 0.0) {
             self.problem(key, format!("is {rate}"), "write attempts per second, 0 for no limit");
@@ -77,8 +106,11 @@ fn publish(settings: &Settings, found: &mut Findings) {
     let publish = &settings.publish;
     found.rate("publish.rate", publish.rate);
     found.not_zero("publish.max_in_flight", publish.max_in_flight, "64");
+    found.no_more_than("publish.max_in_flight", publish.max_in_flight, IN_FLIGHT_MAX);
     found.not_zero("publish.attempts", publish.attempts, "8");
     found.not_zero("publish.backoff_min", publish.backoff_min, "200ms");
+    found.at_most("publish.backoff_min", publish.backoff_min, WAIT_MAX);
+    found.at_most("publish.backoff_max", publish.backoff_max, WAIT_MAX);
     if publish.backoff_min > publish.backoff_max {
         let (min, max) = (format_duration(publish.backoff_min), format_duration(publish.backoff_max));
         let wrong = format!("{min} is longer than the {max} of `backoff_max`");
@@ -90,15 +122,14 @@ fn encode(settings: &Settings, found: &mut Findings) {
     let encode = &settings.encode;
     found.not_zero("encode.memory", encode.memory.as_u64(), "256MiB");
     found.not_zero("encode.max_frame", encode.max_frame.as_u64(), "8MiB");
+    found.no_more_than("encode.workers", encode.workers, WORKERS_MAX);
+    found.no_more_than("encode.memory", encode.memory, ByteSize(MEMORY_MAX));
+    found.no_more_than("encode.max_frame", encode.max_frame, ByteSize(FRAME_MAX));
     let least = encode.max_frame.as_u64().saturating_mul(FRAMES_IN_MEMORY_MIN);
     if encode.memory.as_u64() < least && encode.memory.as_u64() > 0 {
         let wrong =
             format!("{} is less than {FRAMES_IN_MEMORY_MIN} × {} of `max_frame`", encode.memory, encode.max_frame);
-        found.problem(
-            "encode.memory",
-            wrong,
-            format!("write at least {}, or a smaller `max_frame`", bytesize::ByteSize(least)),
-        );
+        found.problem("encode.memory", wrong, format!("write at least {}, or a smaller `max_frame`", ByteSize(least)));
     }
 }
 
@@ -106,6 +137,7 @@ fn dead_letter(settings: &Settings, found: &mut Findings) {
     let dead_letter = &settings.dead_letter;
     found.absolute("dead_letter.directory", &dead_letter.directory);
     found.not_zero("dead_letter.max_size", dead_letter.max_size.as_u64(), "1GiB");
+    found.at_most("dead_letter.max_age", dead_letter.max_age, AGE_MAX);
 }
 
 fn admin(settings: &Settings, found: &mut Findings) {

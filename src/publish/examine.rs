@@ -108,7 +108,7 @@ async fn login(config: &engine::Config, secrets: Secrets) -> Result<Login, Verdi
     // Counted nowhere: these are of nobody's daemon.
     let tokens = Tokens::new(client.clone(), config.username.clone(), secrets, Metrics::new());
     let token = tokens.get(false, &|| std::future::ready(()).boxed()).await?;
-    let reply = client.renew(token.header.clone()).await;
+    let reply = client.renew(token.header.clone()).await.map(|reply| reply.masking(token.text()));
     let skew = reply.as_ref().ok().and_then(|reply| reply.date).map(skew);
     match judge(&reply, SystemTime::now()) {
         Verdict::Token => Err(Verdict::Credentials("the engine does not renew the token it was shown (401)".into())),

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::engine::{self, Client};
-use super::verdict::{Reply, SendError, Verdict, bounded, judge};
+use super::verdict::{Reply, SendError, Verdict, judge};
 use crate::metrics::Metrics;
 use crate::secret::Secret;
 
@@ -26,6 +26,8 @@ const RENEWAL_RETRY: Duration = Duration::from_secs(30);
 /// A life shorter than this is not believed, nor one longer.
 const LIFE_MIN: Duration = Duration::from_secs(1);
 const LIFE_MAX: Duration = Duration::from_hours(24 * 3650);
+
+const SCHEME: &str = "Bearer ";
 
 /// Generations differ also between the tokens of two engines, before and after a reload.
 static NEXT_GENERATION: AtomicU64 = AtomicU64::new(1);
@@ -47,6 +49,12 @@ pub(super) struct Token {
 }
 
 impl Token {
+    /// Itself, to be masked where the engine says it back.
+    pub(super) fn text(&self) -> &str {
+        // Made in `keep`, of a text.
+        self.header.to_str().ok().and_then(|header| header.strip_prefix(SCHEME)).unwrap_or_default()
+    }
+
     fn is_alive(&self, now: Instant) -> bool {
         self.life.is_none_or(|life| now < self.received + life)
     }
@@ -149,8 +157,8 @@ impl Tokens {
     async fn renew(&self, pass: Pass<'_>) -> Result<Token, Verdict> {
         let Some(token) = self.current() else { return Err(Verdict::Credentials("there is no token to renew".into())) };
         pass().await;
-        let result = self.client.renew(token.header).await;
-        self.take(Kind::Renewal, &result, None)
+        let result = self.client.renew(token.header.clone()).await;
+        self.take(Kind::Renewal, result, token.text())
     }
 
     async fn login(&self, pass: Pass<'_>) -> Result<Token, Verdict> {
@@ -162,12 +170,12 @@ impl Tokens {
         let body = serde_json::json!({ "username": username, "password": password.expose() }).to_string();
         pass().await;
         let result = self.client.authenticate(Bytes::from(body)).await;
-        self.take(Kind::Login, &result, Some(&password))
+        self.take(Kind::Login, result, password.expose())
     }
 
-    /// What the answer means, counted.
-    fn take(&self, kind: Kind, result: &Result<Reply, SendError>, password: Option<&Secret>) -> Result<Token, Verdict> {
-        let outcome = judge_token(result, password).and_then(|text| self.keep(&text, matches!(kind, Kind::Login)));
+    /// What the answer to `shown` means, counted.
+    fn take(&self, kind: Kind, result: Result<Reply, SendError>, shown: &str) -> Result<Token, Verdict> {
+        let outcome = judge_token(result, shown).and_then(|text| self.keep(&text, matches!(kind, Kind::Login)));
         let result = match &outcome {
             Ok(_) => "success",
             Err(Verdict::Credentials(_)) => "refused",
@@ -189,7 +197,7 @@ impl Tokens {
     }
 
     fn keep(&self, text: &str, fresh_login: bool) -> Result<Token, Verdict> {
-        let mut header = HeaderValue::from_str(&format!("Bearer {text}"))
+        let mut header = HeaderValue::from_str(&format!("{SCHEME}{text}"))
             .map_err(|_| Verdict::Credentials("the token holds characters that no header can carry".into()))?;
         header.set_sensitive(true);
         let (life, expires) = life_of(text);
@@ -217,9 +225,9 @@ impl Tokens {
     }
 }
 
-/// The token in the answer of a login or renewal.
-fn judge_token(result: &Result<Reply, SendError>, password: Option<&Secret>) -> Result<String, Verdict> {
-    if let Ok(reply) = result
+/// The token in the answer of a login or renewal, which was shown the secret `shown`.
+fn judge_token(result: Result<Reply, SendError>, shown: &str) -> Result<String, Verdict> {
+    if let Ok(reply) = &result
         && reply.status == 200
     {
         return match serde_json::from_slice::<Answer>(&reply.body) {
@@ -228,22 +236,19 @@ fn judge_token(result: &Result<Reply, SendError>, password: Option<&Secret>) -> 
             Ok(_) | Err(_) => Err(Verdict::NotOurEngine("200 without a token".into())),
         };
     }
-    let masked = |message: &str| match password {
-        Some(password) => bounded(&message.replace(password.expose(), "***")),
-        None => message.to_owned(),
-    };
-    Err(match judge(result, SystemTime::now()) {
-        Verdict::Token => Verdict::Credentials(masked(&format!("the login was refused (401): {}", said(result)))),
+    let result = result.map(|reply| reply.masking(shown));
+    Err(match judge(&result, SystemTime::now()) {
+        Verdict::Token => Verdict::Credentials(format!("the login was refused (401): {}", said(&result))),
         Verdict::Forbidden { status, message } | Verdict::Rejected { status, message } => {
-            Verdict::Credentials(masked(&format!("the login was refused ({status}): {message}")))
+            Verdict::Credentials(format!("the login was refused ({status}): {message}"))
         }
         Verdict::Ambiguous(what) | Verdict::Unread(what) => Verdict::Unreachable(format!("at the login: {what}")),
-        Verdict::ServerError { status, message } => Verdict::ServerError { status, message: masked(&message) },
-        Verdict::Transient { status, retry_after, message } => {
-            Verdict::Transient { status, retry_after, message: masked(&message) }
-        }
-        Verdict::NotOurEngine(what) => Verdict::NotOurEngine(masked(&what)),
-        other @ (Verdict::Accepted | Verdict::Credentials(_) | Verdict::Unreachable(_)) => other,
+        other @ (Verdict::Accepted
+        | Verdict::Credentials(_)
+        | Verdict::ServerError { .. }
+        | Verdict::Transient { .. }
+        | Verdict::NotOurEngine(_)
+        | Verdict::Unreachable(_)) => other,
     })
 }
 
@@ -315,8 +320,7 @@ mod tests {
                 date: None,
             })
         };
-        let password = Secret::new("hunter2");
-        let judged = |result: Result<Reply, SendError>| judge_token(&result, Some(&password));
+        let judged = |result: Result<Reply, SendError>| judge_token(result, "hunter2");
         assert_eq!(judged(reply(200, r#"{"username":"u","token":"t"}"#)), Ok("t".into()));
         assert!(matches!(judged(reply(200, "<html>")), Err(Verdict::NotOurEngine(_))));
         assert!(matches!(judged(reply(200, "")), Err(Verdict::NotOurEngine(_))));

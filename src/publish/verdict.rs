@@ -1,5 +1,6 @@
 //! What one attempt means: the table of the design as one pure function. Not here: whose fault it is (that is `line`).
 
+use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -11,6 +12,8 @@ const MESSAGE_CHARS_MAX: usize = 300;
 const MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// A run of base64 or token characters this long is nobody's prose: it may be an echo of the image or of a token.
 const OPAQUE_RUN_MIN: usize = 40;
+/// What an answer ends with may be the beginning of a secret: from so many characters on that is taken for one.
+const SECRET_START_MIN: usize = 4;
 /// A `Retry-After` is believed up to here.
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(10);
 
@@ -26,6 +29,16 @@ pub(super) struct Reply {
     pub(super) retry_after: Option<String>,
     /// The engine's `Date`.
     pub(super) date: Option<SystemTime>,
+}
+
+impl Reply {
+    /// The same without this secret of ours, should it be said back.
+    pub(super) fn masking(mut self, secret: &str) -> Self {
+        if !self.body.is_empty() {
+            self.body = masked(&String::from_utf8_lossy(&self.body), secret).into();
+        }
+        self
+    }
 }
 
 /// Why there was no answer.
@@ -180,6 +193,48 @@ pub(super) fn message(body: &[u8]) -> String {
     bounded(text.trim())
 }
 
+/// `text` with `***` where `secret` was, as it is or with JSON's escapes.
+fn masked(text: &str, secret: &str) -> String {
+    let (said, secret) = (units(text), units(secret));
+    let secret: Vec<u16> = secret.into_iter().map(|(unit, _)| unit).collect();
+    let (mut shown, mut shown_to, mut at) = (String::new(), 0, 0);
+    while at < said.len() {
+        let same = said[at..].iter().zip(&secret).take_while(|((unit, _), wanted)| unit == *wanted).count();
+        let cut_off = at + same == said.len() && same >= SECRET_START_MIN;
+        if same > 0 && (same == secret.len() || cut_off) {
+            shown.push_str(&text[shown_to..said[at].1.start.max(shown_to)]);
+            shown.push_str("***");
+            at += same;
+            shown_to = said[at - 1].1.end;
+        } else {
+            at += 1;
+        }
+    }
+    shown.push_str(&text[shown_to..]);
+    shown
+}
+
+/// `text` in UTF-16, which is what `\uXXXX` speaks of, with the place of each unit. Backslashes are passed over: a message in JSON
+/// in JSON has more of them, and nothing is told by them here.
+fn units(text: &str) -> Vec<(u16, Range<usize>)> {
+    let mut units = Vec::with_capacity(text.len());
+    let mut at = 0;
+    while at < text.len() {
+        let after = at + text[at..].bytes().take_while(|byte| *byte == b'\\').count();
+        let hex = if after > at && text[after..].starts_with('u') { text.get(after + 1..after + 5) } else { None };
+        if let Some(unit) = hex.and_then(|hex| u16::from_str_radix(hex, 16).ok()) {
+            units.push((unit, at..after + 5));
+            at = after + 5;
+        } else {
+            let Some(c) = text[after..].chars().next() else { break };
+            let end = after + c.len_utf8();
+            units.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| (*unit, at..end)));
+            at = end;
+        }
+    }
+    units
+}
+
 /// `text` as one bounded line, safe to show.
 pub(super) fn bounded(text: &str) -> String {
     let mut line = String::new();
@@ -204,8 +259,9 @@ fn is_direction(c: char) -> bool {
     matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
+/// Of base64 and tokens, also as JSON (`\/`, `\u002B`), HTML (`&#x2B;`) and addresses (`%2B`) write them.
 fn is_opaque(c: char) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, '+' | '/' | '=' | '-' | '_' | '.')
+    c.is_ascii_alphanumeric() || matches!(c, '+' | '/' | '=' | '-' | '_' | '.' | '\\' | '&' | '#' | ';' | '%')
 }
 
 #[cfg(test)]
@@ -334,6 +390,46 @@ reset, sent             ambiguous
         assert!(message("é ".repeat(5000).as_bytes()).chars().count() <= MESSAGE_CHARS_MAX + 1);
         let echo = format!(r#"{{"expanded":"{}","x":1}}"#, "/9j/4AAQ".repeat(100));
         assert_eq!(message(echo.as_bytes()), r#"{"expanded":"***","x":1}"#);
+    }
+
+    #[test]
+    fn escapes_do_not_cut_an_image_into_shown_pieces() {
+        let image = "+/9j/4AAQ".repeat(100);
+        for (plus, slash) in [("\\u002B", "\\/"), ("\\\\u002b", "\\\\/"), ("&#x2B;", "&#47;"), ("%2B", "%2F")] {
+            let echo = format!(r#"{{"expanded":"{}","x":1}}"#, image.replace('/', slash).replace('+', plus));
+            assert_eq!(message(echo.as_bytes()), r#"{"expanded":"***","x":1}"#);
+        }
+    }
+
+    #[test]
+    fn our_own_secrets_are_masked_however_short_and_however_escaped() {
+        for (secret, text, shown) in [
+            ("hunter2", "no hunter2, hunter2!", "no ***, ***!"),
+            ("hunter2", "no hunter3", "no hunter3"),
+            ("aab", "aaab", "a***"),
+            ("a+b/c", r#"{"m":"a\u002Bb\/c"}"#, r#"{"m":"***"}"#),
+            ("a+b/c", r#""{\"m\":\"a\\u002bb\\\/c\"}""#, r#""{\"m\":\"***\"}""#),
+            (r"a\b", r"a\b a\\b a\\\\b", "*** *** ***"),
+            ("p\u{e4}s\u{1f600}", r"p\u00E4s\ud83d\uDE00 pä", "*** pä"),
+            ("long-secret", "cut off in the middle: long-s", "cut off in the middle: ***"),
+            ("long-secret", "at the end: lon", "at the end: lon"),
+            ("x", r"\u12", r"\u12"),
+            ("x", "", ""),
+            ("", "all of it\\", "all of it\\"),
+        ] {
+            assert_eq!(masked(text, secret), shown, "{secret} in {text}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn masking_never_fails_and_leaves_nothing(secret in "[a-c\\\\u0é]{1,6}", text in "[a-c\\\\u0é😀]{0,40}") {
+            let shown = masked(&text, &secret);
+            proptest::prop_assert!(shown == text || shown.contains("***"));
+            if !secret.contains('\\') {
+                proptest::prop_assert!(!shown.contains(&secret));
+            }
+        }
     }
 
     #[test]

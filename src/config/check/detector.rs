@@ -6,7 +6,7 @@ use humantime::format_duration;
 use jiff::civil;
 use jiff::fmt::strtime;
 
-use super::Findings;
+use super::{AGE_MAX, Findings, WAIT_MAX, WEIGHT_MAX};
 use crate::config::zones;
 use crate::source::directory::{self, AfterPublish, DetectTime};
 use crate::source::{Entry, Template};
@@ -27,6 +27,9 @@ pub(super) fn check(key: &str, entry: &Entry, found: &mut Findings) {
     }
     found.rate(&format!("{key}.rate"), entry.rate);
     found.not_zero(&format!("{key}.weight"), entry.weight, "1");
+    found.no_more_than(&format!("{key}.weight"), entry.weight, WEIGHT_MAX);
+    found.at_most(&format!("{key}.max_age"), entry.max_age, AGE_MAX);
+    found.at_most(&format!("{key}.silence_alarm"), entry.silence_alarm.unwrap_or_default(), AGE_MAX);
     if entry.silence_alarm == Some(Duration::ZERO) {
         found.problem(format!("{key}.silence_alarm"), "is zero", "write for example 10m, or remove it");
     }
@@ -79,9 +82,12 @@ fn drop_directory(key: &str, config: &directory::Config, found: &mut Findings) {
             found.problem(format!("{key}.include[{i}]"), wrong, "write it like *.jpg");
         }
     }
-    for (name, pause) in
-        [("quiet", config.quiet), ("partial_timeout", config.partial_timeout), ("rescan", config.rescan)]
-    {
+    for (name, pause, longest) in [
+        ("quiet", config.quiet, WAIT_MAX),
+        ("partial_timeout", config.partial_timeout, AGE_MAX),
+        ("rescan", config.rescan, WAIT_MAX),
+    ] {
+        found.at_most(&format!("{key}.{name}"), pause, longest);
         if pause < PAUSE_MIN {
             let right = format!("write at least {}", format_duration(PAUSE_MIN));
             found.problem(format!("{key}.{name}"), format!("is {}", format_duration(pause)), right);
@@ -96,6 +102,7 @@ fn drop_directory(key: &str, config: &directory::Config, found: &mut Findings) {
             "no file could be complete before it is given up: make it shorter",
         );
     }
+    found.at_most(&format!("{key}.archive_max_age"), config.archive_max_age, AGE_MAX);
     archive(key, config, found);
     detect_time(&format!("{key}.detect_time"), &config.detect_time, found);
 }

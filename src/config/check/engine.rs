@@ -7,7 +7,7 @@ use base64::Engine as _;
 use humantime::format_duration;
 use reqwest::Url;
 
-use super::Findings;
+use super::{Findings, WAIT_MAX};
 use crate::config::{Facts, SecretFile, Settings};
 
 /// Bytes of a SHA-256 hash.
@@ -160,6 +160,8 @@ fn times(settings: &Settings, found: &mut Findings) {
     let show = |it: Duration| format_duration(it).to_string();
     found.not_zero("engine.timeout", engine.timeout, "10s");
     found.not_zero("engine.connect_timeout", engine.connect_timeout, "3s");
+    found.at_most("engine.timeout", engine.timeout, WAIT_MAX);
+    found.at_most("engine.connect_timeout", engine.connect_timeout, WAIT_MAX);
     if engine.connect_timeout > engine.timeout {
         let wrong =
             format!("{} is longer than the {} of `timeout`", show(engine.connect_timeout), show(engine.timeout));
