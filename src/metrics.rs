@@ -75,6 +75,8 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("detector_up", G, "1 while the detector's source can deliver."),
     ("detector_last_frame_timestamp_seconds", G, "When the detector's last frame was noticed."),
     ("detect_times_corrected_total", C, "Detection times that were absurd and replaced by the time of arrival."),
+    ("redelivered_total", C, "Messages that a broker delivered again."),
+    ("lost_upstream_total", C, "Messages that a broker took away before they were ours: a stream was trimmed."),
     ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
     ("rescans_total", C, "Full scans of drop directories."),

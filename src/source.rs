@@ -3,11 +3,13 @@
 //! Not here: what happens to a frame between its claim and its settlement.
 
 pub mod directory;
+mod inbox;
 mod message;
 pub mod mqtt;
 mod name;
 pub mod nats;
 pub mod push;
+mod reconnect;
 pub mod redis;
 pub mod retry;
 
@@ -102,6 +104,69 @@ impl Config {
                 fields: &["field.detectorName"],
                 hint: "a subject's detector knows {subject.0}, {subject.1} and so on: the subject's parts; and {field.detectorName}",
             },
+        }
+    }
+}
+
+/// What is wrong with an entry's source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The key below the source's own.
+    pub key: &'static str,
+    /// What is wrong, without secrets.
+    pub wrong: String,
+    /// What would be right.
+    pub right: String,
+}
+
+impl Fault {
+    fn new(key: &'static str, wrong: impl Into<String>, right: impl Into<String>) -> Self {
+        Self { key, wrong: wrong.into(), right: right.into() }
+    }
+}
+
+impl Config {
+    /// What is wrong with a queue's keys.
+    pub fn faults(&self) -> Vec<Fault> {
+        match self {
+            Config::Directory(_) | Config::Push(_) | Config::Mqtt(_) => Vec::new(),
+            Config::Redis(config) => config.faults(),
+            Config::Nats(config) => config.faults(),
+        }
+    }
+
+    /// The files that a queue's keys name: the key, the file, and whether it is a secret.
+    pub fn files(&self) -> Vec<(&'static str, &Path, bool)> {
+        let files: Vec<(&'static str, &Option<PathBuf>, bool)> = match self {
+            Config::Directory(_) | Config::Push(_) | Config::Mqtt(_) => Vec::new(),
+            Config::Redis(it) => {
+                vec![("password_file", &it.password_file, true), ("ca_file", &it.ca_file, false)]
+            }
+            Config::Nats(it) => vec![
+                ("password_file", &it.password_file, true),
+                ("token_file", &it.token_file, true),
+                ("credentials_file", &it.credentials_file, true),
+                ("ca_file", &it.ca_file, false),
+            ],
+        };
+        files.into_iter().filter_map(|(key, file, secret)| Some((key, file.as_deref()?, secret))).collect()
+    }
+
+    /// What it would connect to, for people, one line each; none where [`Entry::place`] says it all.
+    pub fn describe(&self) -> Vec<String> {
+        match self {
+            Config::Directory(_) | Config::Push(_) | Config::Mqtt(_) => Vec::new(),
+            Config::Redis(config) => config.describe(),
+            Config::Nats(config) => config.describe(),
+        }
+    }
+
+    /// What two entries may not share: each frame would go to one of them only, and which is chance.
+    pub fn shared(&self) -> Option<String> {
+        match self {
+            Config::Directory(_) | Config::Push(_) | Config::Mqtt(_) => None,
+            Config::Redis(it) => Some(format!("{} {} {}", it.url, it.stream, it.group)),
+            Config::Nats(it) => Some(format!("{} {} {}", it.url, it.stream, it.consumer)),
         }
     }
 }

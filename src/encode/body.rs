@@ -19,6 +19,11 @@ type Base64 = base64::engine::GeneralPurpose;
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 static BASE64: std::sync::LazyLock<Base64> = std::sync::LazyLock::new(|| Base64::new(&base64::alphabet::STANDARD, PAD));
 
+/// Decodes standard padded base64; `None` if it is none.
+pub fn decode(base64: &str) -> Option<Vec<u8>> {
+    BASE64.decode(base64).ok()
+}
+
 /// What is posted to the engine for one frame. Cheap to clone.
 #[derive(Clone)]
 pub struct Body(Bytes);
