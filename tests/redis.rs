@@ -328,6 +328,24 @@ fn a_stop_gives_back_what_waits_and_the_next_box_has_it_at_once() {
     assert_eq!(nothing_lost(&[&engine], &written), 0);
 }
 
+#[test]
+fn b16_settled_entries_that_are_delivered_again_are_acknowledged_and_not_published_again() {
+    let redis = redis!("b16_settled_entries_that_are_delivered_again_are_acknowledged_and_not_published_again");
+    let engine = Engine::start();
+    let site = site(&engine, &redis, "a");
+    let mut daemon = site.run();
+    let mut written = add_faces(&redis, 0..50);
+    engine.until_accepted(50);
+    settled(&redis, &mut daemon);
+    // As after a fail-over to a replica that was behind.
+    redis.cli(&["XGROUP", "SETID", "frames", "framegate", "0"]);
+    written.extend(add_faces(&redis, 50..60));
+    engine.until_accepted(60);
+    let samples = settled(&redis, &mut daemon);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+    assert_eq!(samples.count("framegate_redelivered_total", ""), 50);
+}
+
 // ---- what the server may do
 
 #[test]

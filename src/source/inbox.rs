@@ -5,7 +5,7 @@
 //!
 //! A delivered message is in memory before the queue gives it room, so the inbox bounds what is asked for.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +38,8 @@ const REQUEST_MIN: usize = 16;
 const LINES_MAX: usize = 1000;
 /// One turn in so many goes to the line's oldest frame, the others to its freshest.
 const OLDEST_EVERY: u8 = 4;
+/// Settled messages that are remembered: a broker that lost acknowledgements, which it may have confirmed, delivers again.
+const REMEMBERED_MAX: usize = 4096;
 /// Bytes from a payload's end that tell it from another one of the same name.
 const DIGEST_TAIL: usize = 1024;
 
@@ -85,6 +87,10 @@ pub(super) struct Inbox<K> {
     metrics: Arc<Metrics>,
     tell: UnboundedSender<(K, Disposition)>,
     held: HashMap<K, Held>,
+    /// How many of them have a verdict.
+    settled: usize,
+    /// What became of the last ones, until the process ends.
+    remembered: Remembered,
     lines: HashMap<(String, String), Line<K>>,
     /// What the next message may be expected to have, in bytes.
     typical: u64,
@@ -92,12 +98,20 @@ pub(super) struct Inbox<K> {
 }
 
 struct Held {
+    id: FrameId,
     counts: Arc<DetectorMetrics>,
     line: (String, String),
     /// Whether an encode worker has had it: it did not bring the daemon down.
     taken: Arc<AtomicBool>,
     /// It is settled here, and the broker has not confirmed that it knows.
     verdict: Option<Verdict>,
+}
+
+/// Bounded by [`REMEMBERED_MAX`].
+#[derive(Default)]
+struct Remembered {
+    verdicts: HashMap<FrameId, Verdict>,
+    order: VecDeque<FrameId>,
 }
 
 struct Line<K> {
@@ -148,6 +162,8 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             metrics: around.metrics.clone(),
             tell,
             held: HashMap::new(),
+            settled: 0,
+            remembered: Remembered::default(),
             lines: HashMap::new(),
             typical: around.max_frame,
             up: false,
@@ -175,6 +191,11 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
         fit.max(least).min(free).min(REQUEST_MAX)
     }
 
+    /// Bytes that may be asked for now.
+    pub(super) fn room_bytes(&self) -> u64 {
+        WAITING_BYTES_MAX.saturating_sub(self.waiting_bytes())
+    }
+
     /// Whether this message is in hand.
     pub(super) fn holds(&self, key: K) -> bool {
         self.held.contains_key(&key)
@@ -191,25 +212,32 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
         open.map(|(key, held)| (*key, held.taken.load(Ordering::Relaxed)))
     }
 
-    /// Puts a message in line. One that is in hand already stays as it is.
+    /// Puts a message in line. One that is in hand stays as it is; one that was settled is to be confirmed once more, and
+    /// is no frame.
     pub(super) fn accept(&mut self, message: Message<K>) {
-        if message.again {
+        let in_hand = self.held.contains_key(&message.key);
+        let id = id_of(&self.entry, &message);
+        let known = self.remembered.verdicts.get(&id).copied();
+        if message.again || in_hand || known.is_some() {
             self.redelivered(1);
         }
-        if self.held.contains_key(&message.key) {
+        if in_hand {
             return;
         }
         let key = message.key;
         self.typical = (self.typical - self.typical / 8).max(message.payload.len() as u64);
-        let (line, letter) = self.read(message);
+        let (line, letter) = self.read(message, id.clone());
         let (taken, order) = (letter.taken.clone(), (letter.detect_time, key));
         let at = self.line(line.clone());
         at.held += 1;
-        at.counts.received(at.waiting.kind, 1);
         let counts = at.counts.clone();
-        at.waiting.lock().push(order, letter);
-        at.ready.ready();
-        self.held.insert(key, Held { counts, line, taken, verdict: None });
+        if known.is_none() {
+            counts.received(at.waiting.kind, 1);
+            at.waiting.lock().push(order, letter);
+            at.ready.ready();
+        }
+        self.settled += usize::from(known.is_some());
+        self.held.insert(key, Held { id, counts, line, taken, verdict: known });
     }
 
     /// A frame was settled: what to say to the broker. Counts what only the source knows.
@@ -229,7 +257,16 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             }
         };
         held.verdict = Some(verdict);
+        self.settled += 1;
+        if verdict != Verdict::Back {
+            self.remembered.add(held.id.clone(), verdict);
+        }
         Some(verdict)
+    }
+
+    /// How many are settled here without the broker having said that it knows.
+    pub(super) fn unconfirmed_len(&self) -> usize {
+        self.settled
     }
 
     /// Every message that is settled here and of which the broker has not said that it knows.
@@ -240,6 +277,7 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
     /// The broker knows: the message is forgotten.
     pub(super) fn confirmed(&mut self, key: K) {
         let Some(held) = self.held.remove(&key) else { return };
+        self.settled -= usize::from(held.verdict.is_some());
         if let Some(line) = self.lines.get_mut(&held.line) {
             line.held -= 1;
         }
@@ -292,10 +330,9 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
     }
 
     /// Whose frame it is, and what it says of itself.
-    fn read(&self, message: Message<K>) -> ((String, String), Letter) {
+    fn read(&self, message: Message<K>, id: FrameId) -> ((String, String), Letter) {
         let Message { key: _, name, payload, beside, levels, broker_time, again: _, condemned } = message;
         let now = Timestamp::now();
-        let id = id_of(&self.entry, &name, &beside, &payload, broker_time);
         let [detector_name, detect_time, time_zone] = &beside;
         let known = Known::from_fields(detector_name.as_deref(), detect_time.as_deref(), time_zone.as_deref());
         let found = known.and_then(|known| {
@@ -378,6 +415,18 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
     }
 }
 
+impl Remembered {
+    fn add(&mut self, id: FrameId, verdict: Verdict) {
+        if self.order.len() >= REMEMBERED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.verdicts.remove(&oldest);
+        }
+        self.order.push_back(id.clone());
+        self.verdicts.insert(id, verdict);
+    }
+}
+
 impl<K: Copy + Ord> Stack<K> {
     fn push(&mut self, at: (Timestamp, K), letter: Letter) {
         self.bytes += letter.image.len() as u64;
@@ -453,7 +502,8 @@ pub(super) fn refusal(reason: Reason, message: String) -> Refusal {
 
 /// The same for each delivery of a message. Brokers begin to count anew when their data is lost, so the message's own
 /// bytes are part of it.
-fn id_of(entry: &Entry, name: &str, beside: &[Option<String>; 3], payload: &[u8], broker_time: Timestamp) -> FrameId {
+fn id_of<K>(entry: &Entry, message: &Message<K>) -> FrameId {
+    let Message { name, payload, beside, broker_time, .. } = message;
     let mut context = Context::new(&SHA256);
     let place = entry.place();
     let length = payload.len().to_le_bytes();
@@ -467,4 +517,163 @@ fn id_of(entry: &Entry, name: &str, beside: &[Option<String>; 3], payload: &[u8]
     let mut short = [0; 10];
     short.copy_from_slice(&digest.as_ref()[..10]);
     FrameId::derived(u64::try_from(broker_time.as_millisecond()).unwrap_or(0), short)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::Line as _;
+    use crate::source::Health;
+    use tokio_util::sync::CancellationToken;
+
+    struct Bench {
+        inbox: Inbox<u64>,
+        news: News<u64>,
+        metrics: Arc<Metrics>,
+    }
+
+    impl Bench {
+        /// `keys`: further keys of the entry.
+        fn new(keys: &str) -> Self {
+            let entry = format!(
+                "name = '{{field.detectorName}}'\ntime_zone = 'UTC'\n{keys}\nredis = {{ url = 'redis://h', stream = 's' }}"
+            );
+            let metrics = Metrics::new();
+            let around = Surroundings {
+                entry: Arc::new(toml::from_str(&entry).unwrap()),
+                intake: queue::queue(1 << 20, &metrics).0,
+                metrics: metrics.clone(),
+                max_frame: 1 << 20,
+                health: Health::default(),
+                files: Arc::new(std::path::Path::to_path_buf),
+                stop: CancellationToken::new(),
+            };
+            let (inbox, news) = Inbox::new(&around, SourceKind::Redis);
+            Self { inbox, news, metrics }
+        }
+
+        /// One of `bytes` that was detected so many seconds ago.
+        fn accept(&mut self, key: u64, bytes: usize, seconds_ago: i64) {
+            let time = Timestamp::now() - jiff::SignedDuration::from_secs(seconds_ago);
+            self.inbox.accept(Message {
+                key,
+                name: key.to_string(),
+                payload: vec![0xff; bytes],
+                beside: [Some("Cam".into()), Some(time.to_string()), None],
+                levels: Vec::new(),
+                broker_time: "2026-01-01T00:00:00Z".parse().unwrap(),
+                again: false,
+                condemned: None,
+            });
+        }
+
+        /// What the queue and a worker do: the key of the next frame in line, with its receipt.
+        fn taken(&self) -> Option<(u64, Receipt)> {
+            let offer = self.inbox.lines.values().find_map(|line| line.waiting.next())?;
+            match (offer.take)(&mut Vec::new()) {
+                Taken::Frame(frame, receipt) | Taken::Flawed(frame, receipt, _) => {
+                    Some((frame.original_name.to_str()?.parse().ok()?, receipt))
+                }
+                Taken::Gone => None,
+            }
+        }
+
+        fn hear(&mut self) -> Option<Verdict> {
+            let (key, disposition) = self.news.try_recv().unwrap();
+            let verdict = self.inbox.settled(key, disposition);
+            self.inbox.confirmed(key);
+            verdict
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_bounded_in_messages_and_bytes() {
+        let mut bench = Bench::new("");
+        assert_eq!(bench.inbox.room(), 16, "nothing is known yet: as many of the largest as fit");
+        for key in 0..HELD_MAX as u64 {
+            bench.accept(key, 10, 0);
+        }
+        assert_eq!((bench.inbox.room(), bench.inbox.len()), (0, HELD_MAX));
+        let gone = bench.inbox.give_back(|key| key >= REQUEST_MIN as u64);
+        assert_eq!((gone.len(), bench.inbox.room()), (REQUEST_MIN, REQUEST_MIN), "grows as messages are settled");
+
+        let mut bench = Bench::new("");
+        bench.accept(0, usize::try_from(WAITING_BYTES_MAX).unwrap(), 0);
+        assert_eq!((bench.inbox.room(), bench.inbox.room_bytes()), (0, 0));
+        drop(bench.taken());
+        assert_eq!(bench.inbox.room(), 1, "where nothing waits, one of any size");
+    }
+
+    #[test]
+    fn the_freshest_goes_first_and_each_fourth_turn_is_the_oldests() {
+        for (order, expected) in
+            [("freshest-first", [0, 1, 2, 7, 3, 4, 5, 6]), ("oldest-first", [7, 6, 5, 4, 3, 2, 1, 0])]
+        {
+            let mut bench = Bench::new(&format!("order = '{order}'"));
+            for age in [3, 0, 7, 5, 1, 6, 2, 4] {
+                bench.accept(age, 10, i64::try_from(age).unwrap());
+            }
+            let taken: Vec<u64> = std::iter::from_fn(|| bench.taken()).map(|(key, _)| key).collect();
+            assert_eq!(taken, expected, "{order}");
+        }
+    }
+
+    #[test]
+    fn every_message_is_counted_once_whatever_becomes_of_it() {
+        let mut bench = Bench::new("max_age = '1m'");
+        bench.accept(1, 10, 3600);
+        bench.accept(2, 10, 0);
+        bench.accept(3, 10, 1);
+        // Turns: the two fresh ones, then the one that is too old, which the line drops by itself.
+        let (first, receipt) = bench.taken().unwrap();
+        receipt.settle(Disposition::Accepted);
+        let (second, receipt) = bench.taken().unwrap();
+        drop(receipt);
+        assert_eq!((first, second), (2, 3));
+        assert!(bench.taken().is_none());
+        let heard: Vec<_> = (0..3).map(|_| bench.hear().unwrap()).collect();
+        assert_eq!(heard, [Verdict::Done, Verdict::Back, Verdict::Done]);
+        assert_eq!((bench.inbox.len(), bench.inbox.unconfirmed_len()), (0, 0));
+        let counts = bench.metrics.detector("Cam").counts();
+        // The pipeline counts what was published.
+        assert_eq!((counts.received, counts.dropped, counts.returned, counts.pending), (3, 1, 1, 1));
+    }
+
+    #[test]
+    fn a_message_in_hand_is_not_taken_twice_and_a_settled_one_is_only_confirmed_again() {
+        let mut bench = Bench::new("");
+        let accept = |bench: &mut Bench| {
+            bench.inbox.accept(Message {
+                key: 1,
+                name: "1".into(),
+                payload: b"\xff\xd8".to_vec(),
+                beside: [Some("Cam".into()), None, None],
+                levels: Vec::new(),
+                broker_time: "2026-01-01T00:00:00Z".parse().unwrap(),
+                again: false,
+                condemned: None,
+            });
+        };
+        accept(&mut bench);
+        accept(&mut bench);
+        assert_eq!(bench.inbox.len(), 1);
+        bench.taken().unwrap().1.settle(Disposition::Rejected);
+        assert_eq!(bench.hear(), Some(Verdict::Dead));
+        accept(&mut bench);
+        assert!(bench.taken().is_none());
+        assert_eq!(bench.inbox.unconfirmed(), [(1, Verdict::Dead)]);
+        assert_eq!(bench.metrics.detector("Cam").counts().received, 1);
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut remembered = Remembered::default();
+        let first = FrameId::generate();
+        remembered.add(first.clone(), Verdict::Done);
+        for _ in 0..REMEMBERED_MAX {
+            remembered.add(FrameId::generate(), Verdict::Done);
+        }
+        assert_eq!((remembered.order.len(), remembered.verdicts.len()), (REMEMBERED_MAX, REMEMBERED_MAX));
+        assert!(!remembered.verdicts.contains_key(&first));
+    }
 }

@@ -2,18 +2,28 @@
 //!
 //! `None` where the server is not installed; the test then says so with `skipped` and returns.
 
+use std::future::IntoFuture as _;
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
+use async_nats::jetstream::consumer::{self, pull};
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::{self, Context, stream};
+use async_nats::{ConnectOptions, HeaderMap};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use tokio::runtime::Runtime;
 
 use super::{PATIENCE, eventually};
 
 /// Ports that are tried one after the other: somebody else may be quicker to take one.
 const PORTS_TRIED: usize = 20;
+
+/// How long the test's own client waits for an answer, before it asks again or gives up.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// Builds the command for a data directory and a port.
 type Recipe = Box<dyn Fn(&Path, u16) -> Command>;
@@ -169,6 +179,103 @@ impl Redis {
         eventually("nothing is pending and nothing waits", PATIENCE, || {
             let groups = self.cli(&["XINFO", "GROUPS", "frames"]);
             (groups.contains("framegate") && self.pending() == 0 && self.lag().unwrap_or(0) == 0).then_some(())
+        });
+    }
+}
+
+/// `nats-server` with `JetStream`, and a client of the test's own.
+pub struct Nats {
+    pub server: Server,
+    runtime: Runtime,
+    account: Option<(String, String)>,
+}
+
+impl Nats {
+    pub fn start() -> Option<Self> {
+        Self::with("", None)
+    }
+
+    /// With further lines of its configuration; `account` is the test's own.
+    pub fn with(lines: &str, account: Option<(&str, &str)>) -> Option<Self> {
+        let lines = lines.to_owned();
+        let recipe = move |dir: &Path, port: u16| {
+            let file = dir.join("nats.conf");
+            let store = dir.display();
+            let config = format!("listen: \"127.0.0.1:{port}\"\njetstream {{ store_dir: \"{store}\" }}\n{lines}\n");
+            std::fs::write(&file, config).expect("the configuration can be written");
+            let mut command = Command::new("nats-server");
+            command.arg("-c").arg(file);
+            command
+        };
+        let server = Server::start(Box::new(recipe))?;
+        let account = account.map(|(user, password)| (user.to_owned(), password.to_owned()));
+        let nats = Self { server, runtime: Runtime::new().expect("a runtime"), account };
+        // Listening comes before JetStream.
+        eventually("JetStream answers", PATIENCE, || {
+            let found = nats.run(async |it| it.get_stream("NONE").await.map(drop));
+            found.is_err_and(|error| matches!(error.kind(), GetStreamErrorKind::JetStream(_))).then_some(())
+        });
+        Some(nats)
+    }
+
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.server.port())
+    }
+
+    /// Does something with a client that is connected for it.
+    pub fn run<T>(&self, work: impl AsyncFnOnce(Context) -> T) -> T {
+        self.runtime.block_on(async {
+            let options = match &self.account {
+                Some((user, password)) => ConnectOptions::with_user_and_password(user.clone(), password.clone()),
+                None => ConnectOptions::new(),
+            };
+            let client = options.connect(self.url()).await.expect("a client");
+            let mut context = jetstream::new(client);
+            context.set_timeout(ANSWER);
+            work(context).await
+        })
+    }
+
+    /// Creates the stream `FRAMES` of `frames.>`.
+    #[track_caller]
+    pub fn make_stream(&self) {
+        let config =
+            stream::Config { name: "FRAMES".into(), subjects: vec!["frames.>".into()], ..stream::Config::default() };
+        self.run(async |it| it.create_stream(config).await.map(drop)).expect("the stream can be created");
+    }
+
+    /// Creates a consumer of it.
+    #[track_caller]
+    pub fn make_consumer(&self, config: pull::Config) {
+        let made = self.run(async |it| it.create_consumer_on_stream(config, "FRAMES").await.map(drop));
+        made.expect("the consumer can be created");
+    }
+
+    /// Publishes to the stream, each message confirmed.
+    #[track_caller]
+    pub fn publish(&self, messages: Vec<(String, HeaderMap, Vec<u8>)>) {
+        self.run(async |it| {
+            let mut confirmed = Vec::new();
+            for (subject, headers, payload) in messages {
+                let sent = it.publish_with_headers(subject, headers, payload.into()).await.expect("it can be sent");
+                confirmed.push(sent.into_future());
+            }
+            for confirmation in confirmed {
+                confirmation.await.expect("the stream has it");
+            }
+        });
+    }
+
+    /// What the consumer `framegate` says; `None` where there is none.
+    pub fn consumer(&self) -> Option<consumer::Info> {
+        self.run(async |it| it.get_stream_no_info("FRAMES").await.ok()?.consumer_info("framegate").await.ok())
+    }
+
+    /// Waits until every message is delivered and acknowledged.
+    #[track_caller]
+    pub fn until_settled(&self) {
+        eventually("nothing is pending and nothing waits", PATIENCE, || {
+            self.consumer().filter(|it| it.num_ack_pending == 0 && it.num_pending == 0).map(drop)
         });
     }
 }

@@ -76,7 +76,7 @@ impl Config {
     }
 
     /// The servers of `url`.
-    fn servers(&self) -> Result<Vec<ServerAddr>, std::io::Error> {
+    pub(super) fn servers(&self) -> Result<Vec<ServerAddr>, std::io::Error> {
         self.url.split(',').map(|part| ServerAddr::from_str(part.trim())).collect()
     }
 
