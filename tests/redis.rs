@@ -329,18 +329,38 @@ fn a_stop_gives_back_what_waits_and_the_next_box_has_it_at_once() {
 }
 
 #[test]
+fn a_reload_that_changes_the_entry_doubles_nothing_that_is_in_flight() {
+    let redis = redis!("a_reload_that_changes_the_entry_doubles_nothing_that_is_in_flight");
+    let engine = Engine::with(|options| options.faults.latency = Duration::from_secs(2));
+    let site = site(&engine, &redis, "a");
+    let mut daemon = site.run();
+    let written = add_faces(&redis, 0..60);
+    eventually("frames are in flight", PATIENCE, || {
+        (daemon.metrics().count("framegate_frames_in_flight", "") > 0).then_some(())
+    });
+    let changed = fs::read_to_string(site.config()).unwrap().replace("Europe/Paris", "Europe/Rome");
+    fs::write(site.config(), changed).unwrap();
+    engine.change(|faults| faults.latency = Duration::from_millis(500));
+    assert!(site.command(&["reload"]).output().unwrap().status.success());
+    engine.until_accepted(60);
+    settled(&redis, &mut daemon);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+}
+
+#[test]
 fn b16_settled_entries_that_are_delivered_again_are_acknowledged_and_not_published_again() {
     let redis = redis!("b16_settled_entries_that_are_delivered_again_are_acknowledged_and_not_published_again");
     let engine = Engine::start();
     let site = site(&engine, &redis, "a");
     let mut daemon = site.run();
-    let mut written = add_faces(&redis, 0..50);
+    let written = add_faces(&redis, 0..50);
     engine.until_accepted(50);
     settled(&redis, &mut daemon);
     // As after a fail-over to a replica that was behind.
     redis.cli(&["XGROUP", "SETID", "frames", "framegate", "0"]);
-    written.extend(add_faces(&redis, 50..60));
-    engine.until_accepted(60);
+    eventually("all of them come again", PATIENCE, || {
+        (daemon.metrics().count("framegate_redelivered_total", "") == 50).then_some(())
+    });
     let samples = settled(&redis, &mut daemon);
     assert_eq!(nothing_lost(&[&engine], &written), 0);
     assert_eq!(samples.count("framegate_redelivered_total", ""), 50);

@@ -27,7 +27,8 @@ use crate::settle::{Disposition, Reason, Receipt, Refusal};
 /// Messages of one entry that were delivered and are not settled. More than `publish.max_in_flight` of its default and a
 /// line's frames ahead together, so that the engine never waits; few enough that several boxes share a backlog evenly.
 const HELD_MAX: usize = 192;
-/// Bytes of one entry's messages that stand in line. One message more may come than fits.
+/// Bytes of one entry's messages that stand in line. How many messages are asked for follows from the largest of the last
+/// ones: where a broker counts messages only, a first one that is far larger may come with others like it.
 const WAITING_BYTES_MAX: u64 = 16 << 20;
 /// Messages that one request asks for.
 const REQUEST_MAX: usize = 48;

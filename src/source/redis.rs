@@ -7,8 +7,9 @@
 mod config;
 mod link;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -34,8 +35,24 @@ const DELIVERIES_MAX: u64 = 10;
 /// How long a stop waits for the server to hear of what was settled; it is delivered again otherwise.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// The consumers that this process serves.
+static SERVED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+/// How often a consumer is looked for that is still served.
+const SERVED_LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// Serves one entry until it is stopped; returns when everything in hand is settled.
 pub async fn run(config: Config, around: Surroundings) {
+    // After a reload the old source may still have frames in hand, which are pending for the same consumer: they are not ours.
+    let name = format!("{} {} {} {}", config.url, config.stream, config.group, config.consumer());
+    let _turn = loop {
+        if let Some(turn) = Turn::take(&name) {
+            break turn;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(SERVED_LOOK_EVERY) => {}
+            () = around.stop.cancelled() => return,
+        }
+    };
     let (inbox, mut news) = Inbox::new(&around, SourceKind::Redis);
     let mut source = Source::new(config, around, inbox);
     let mut backoff = Backoff::default();
@@ -49,6 +66,25 @@ pub async fn run(config: Config, around: Surroundings) {
             return;
         }
     }
+}
+
+/// The right to serve a consumer in this process.
+struct Turn(String);
+
+impl Turn {
+    fn take(name: &str) -> Option<Self> {
+        served().insert(name.to_owned()).then(|| Self(name.to_owned()))
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        served().remove(&self.0);
+    }
+}
+
+fn served() -> MutexGuard<'static, BTreeSet<String>> {
+    SERVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Source {
@@ -105,7 +141,8 @@ impl Source {
         let behind = self.inbox.in_hand().map(|(id, _)| id).min().map(EntryId::before).or(self.seen);
         link.ensure_group(behind).await?;
         self.keep_what_is_ours(&mut link).await?;
-        self.tell(&mut link).await?;
+        // What the last connection was sent and did not pass on is pending, too.
+        self.own = Some(Own { after: None });
         backoff.reset();
         self.is_well();
         self.serve(&mut link, news).await
@@ -118,6 +155,9 @@ impl Source {
         let mut take_over = every(self.config.take_over_after / HEARTBEATS);
         let mut batch = Vec::new();
         loop {
+            if self.inbox.unconfirmed_len() > 0 {
+                self.tell(link).await?;
+            }
             if stop.is_cancelled() {
                 self.stop(link).await?;
                 if self.inbox.len() == 0 {
@@ -136,7 +176,6 @@ impl Source {
                 biased;
                 _ = news.recv_many(&mut batch, BATCH) => {
                     self.hear(&mut batch);
-                    self.tell(link).await?;
                 }
                 _ = heartbeat.tick() => self.beat(link).await?,
                 () = stop.cancelled(), if self.stopped.is_none() => {}
