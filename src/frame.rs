@@ -56,8 +56,6 @@ pub enum SourceKind {
     Retry,
     /// Pushed to us over HTTP.
     Push,
-    /// An MQTT topic.
-    Mqtt,
     /// A Redis stream.
     Redis,
     /// A NATS `JetStream` consumer.
@@ -66,12 +64,11 @@ pub enum SourceKind {
 
 impl SourceKind {
     /// All of them, in the order of their declaration.
-    pub const ALL: [SourceKind; 7] = [
+    pub const ALL: [SourceKind; 6] = [
         SourceKind::Directory,
         SourceKind::CommandLine,
         SourceKind::Retry,
         SourceKind::Push,
-        SourceKind::Mqtt,
         SourceKind::Redis,
         SourceKind::Nats,
     ];
@@ -83,7 +80,6 @@ impl SourceKind {
             SourceKind::CommandLine => "command-line",
             SourceKind::Retry => "retry",
             SourceKind::Push => "push",
-            SourceKind::Mqtt => "mqtt",
             SourceKind::Redis => "redis",
             SourceKind::Nats => "nats",
         }
@@ -107,9 +103,18 @@ impl FrameId {
         let millis = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or(0);
         let count = NEXT.fetch_add(1, Ordering::Relaxed);
         // 48 bits of time, 24 of counting, 56 of the process: 128 bits, five to a character.
-        let bits = (u128::from(millis & 0xffff_ffff_ffff) << 80)
-            | (u128::from(count & 0xff_ffff) << 56)
-            | u128::from(*PROCESS & 0xff_ffff_ffff_ffff);
+        let rest = (u128::from(count & 0xff_ffff) << 56) | u128::from(*PROCESS & 0xff_ffff_ffff_ffff);
+        Self::of(millis, rest)
+    }
+
+    /// The one of a frame that its source names the same for ever: the same `millis` and `digest` give the same id, so
+    /// that a frame which is delivered again becomes no second dead letter.
+    pub fn derived(millis: u64, digest: [u8; 10]) -> Self {
+        Self::of(millis, digest.iter().fold(0, |bits, byte| (bits << 8) | u128::from(*byte)))
+    }
+
+    fn of(millis: u64, rest: u128) -> Self {
+        let bits = (u128::from(millis & 0xffff_ffff_ffff) << 80) | rest;
         let text: String = (0..26)
             .map(|i| char::from(b"0123456789abcdefghjkmnpqrstvwxyz"[(bits >> (125 - 5 * i)) as usize & 31]))
             .collect();
@@ -152,5 +157,19 @@ mod tests {
         for bad in ["", "../../../etc/passwd", "0123456789ABCDEFGHJKMNPQRS", "0123456789abcdefghjkmnpqr"] {
             assert_eq!(FrameId::parse(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_derived_id_is_always_the_same_and_another_one_for_every_other_frame() {
+        let id = FrameId::derived(1_700_000_000_000, [7; 10]);
+        assert_eq!(id, FrameId::derived(1_700_000_000_000, [7; 10]));
+        assert_eq!(FrameId::parse(id.as_str()).as_ref(), Some(&id));
+        let mut others = vec![FrameId::derived(1_700_000_000_001, [7; 10])];
+        others.extend((0..10).map(|at| {
+            let mut digest = [7; 10];
+            digest[at] = 8;
+            FrameId::derived(1_700_000_000_000, digest)
+        }));
+        assert!(others.iter().all(|other| *other != id && FrameId::parse(other.as_str()).is_some()));
     }
 }

@@ -80,6 +80,8 @@ const TABLE: &[(&str, Kind, &str)] = &[
         "The detector's silence_alarm; +Inf where none is set, 0 where the detector is not configured any more.",
     ),
     ("detect_times_corrected_total", C, "Detection times that were absurd and replaced by the time of arrival."),
+    ("redelivered_total", C, "Messages that a broker delivered again."),
+    ("lost_upstream_total", C, "Messages that a broker took away before they were ours: a stream was trimmed."),
     ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
     ("rescans_total", C, "Full scans of drop directories."),

@@ -3,12 +3,13 @@
 //! Not here: what happens to a frame between its claim and its settlement.
 
 pub mod directory;
+mod inbox;
 mod lanes;
 mod message;
-pub mod mqtt;
 mod name;
 pub mod nats;
 pub mod push;
+mod reconnect;
 pub mod redis;
 pub mod retry;
 pub mod spool;
@@ -59,8 +60,6 @@ pub enum Config {
     Directory(directory::Config),
     /// Frames that others push over HTTP.
     Push(push::Config),
-    /// An MQTT topic.
-    Mqtt(mqtt::Config),
     /// A Redis stream, read as one of a consumer group.
     Redis(redis::Config),
     /// A NATS `JetStream` consumer.
@@ -73,7 +72,6 @@ impl Config {
         match self {
             Config::Directory(_) => "directory",
             Config::Push(_) => "push",
-            Config::Mqtt(_) => "mqtt",
             Config::Redis(_) => "redis",
             Config::Nats(_) => "nats",
         }
@@ -92,11 +90,6 @@ impl Config {
                 fields: &["detectorName"],
                 hint: "a pushed frame's detector knows {detectorName}: what the frame names",
             },
-            Config::Mqtt(_) => Placeholders {
-                levels: Some("topic"),
-                fields: &["field.detectorName"],
-                hint: "a topic's detector knows {topic.0}, {topic.1} and so on: the topic's levels; and {field.detectorName}",
-            },
             Config::Redis(_) => Placeholders {
                 levels: None,
                 fields: &["field.detectorName"],
@@ -107,6 +100,69 @@ impl Config {
                 fields: &["field.detectorName"],
                 hint: "a subject's detector knows {subject.0}, {subject.1} and so on: the subject's parts; and {field.detectorName}",
             },
+        }
+    }
+}
+
+/// What is wrong with an entry's source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The key below the source's own.
+    pub key: &'static str,
+    /// What is wrong, without secrets.
+    pub wrong: String,
+    /// What would be right.
+    pub right: String,
+}
+
+impl Fault {
+    fn new(key: &'static str, wrong: impl Into<String>, right: impl Into<String>) -> Self {
+        Self { key, wrong: wrong.into(), right: right.into() }
+    }
+}
+
+impl Config {
+    /// What is wrong with a queue's keys.
+    pub fn faults(&self) -> Vec<Fault> {
+        match self {
+            Config::Directory(_) | Config::Push(_) => Vec::new(),
+            Config::Redis(config) => config.faults(),
+            Config::Nats(config) => config.faults(),
+        }
+    }
+
+    /// The files that a queue's keys name: the key, the file, and whether it is a secret.
+    pub fn files(&self) -> Vec<(&'static str, &Path, bool)> {
+        let files: Vec<(&'static str, &Option<PathBuf>, bool)> = match self {
+            Config::Directory(_) | Config::Push(_) => Vec::new(),
+            Config::Redis(it) => {
+                vec![("password_file", &it.password_file, true), ("ca_file", &it.ca_file, false)]
+            }
+            Config::Nats(it) => vec![
+                ("password_file", &it.password_file, true),
+                ("token_file", &it.token_file, true),
+                ("credentials_file", &it.credentials_file, true),
+                ("ca_file", &it.ca_file, false),
+            ],
+        };
+        files.into_iter().filter_map(|(key, file, secret)| Some((key, file.as_deref()?, secret))).collect()
+    }
+
+    /// What it would connect to, for people, one line each; none where [`Entry::place`] says it all.
+    pub fn describe(&self) -> Vec<String> {
+        match self {
+            Config::Directory(_) | Config::Push(_) => Vec::new(),
+            Config::Redis(config) => config.describe(),
+            Config::Nats(config) => config.describe(),
+        }
+    }
+
+    /// What two entries may not share: each frame would go to one of them only, and which is chance.
+    pub fn shared(&self) -> Option<String> {
+        match self {
+            Config::Directory(_) | Config::Push(_) => None,
+            Config::Redis(it) => Some(format!("{} {} {}", it.url, it.stream, it.group)),
+            Config::Nats(it) => Some(format!("{} {} {}", it.url, it.stream, it.consumer)),
         }
     }
 }
@@ -141,7 +197,6 @@ impl Entry {
         match &self.source {
             Config::Directory(config) => config.path.display().to_string(),
             Config::Push(config) => config.place(),
-            Config::Mqtt(config) => config.place(),
             Config::Redis(config) => config.place(),
             Config::Nats(config) => config.place(),
         }
@@ -151,21 +206,21 @@ impl Entry {
     pub fn directory(&self) -> Option<&directory::Config> {
         match &self.source {
             Config::Directory(config) => Some(config),
-            Config::Push(_) | Config::Mqtt(_) | Config::Redis(_) | Config::Nats(_) => None,
+            Config::Push(_) | Config::Redis(_) | Config::Nats(_) => None,
         }
     }
 }
 
 /// The keys of an entry that name its source: exactly one of them is written.
-pub const SOURCE_KEYS: [&str; 5] = ["directory", "push", "mqtt", "redis", "nats"];
+pub const SOURCE_KEYS: [&str; 4] = ["directory", "push", "redis", "nats"];
 
 /// An [`Entry`] as it stands in a file.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Entry")]
 struct Written {
-    /// The engine's `detectorName`. May hold placeholders: `{path.0}`, the first directory below `path`; `{topic.1}` and
-    /// `{subject.1}`, levels of an MQTT topic or a NATS subject; `{field.detectorName}` of a Redis stream or NATS message;
+    /// The engine's `detectorName`. May hold placeholders: `{path.0}`, the first directory below `path`; `{subject.1}`,
+    /// a part of a NATS subject; `{field.detectorName}` of a Redis stream or NATS message;
     /// `{detectorName}` of a pushed frame.
     name: String,
     /// IANA time zone of the detector.
@@ -190,9 +245,6 @@ struct Written {
     /// Frames that others push over HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
     push: Option<push::Config>,
-    /// An MQTT topic.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    mqtt: Option<mqtt::Config>,
     /// A Redis stream, read as one of a consumer group.
     #[serde(skip_serializing_if = "Option::is_none")]
     redis: Option<redis::Config>,
@@ -213,7 +265,6 @@ impl Default for Written {
             silence_alarm: None,
             directory: None,
             push: None,
-            mqtt: None,
             redis: None,
             nats: None,
         }
@@ -236,24 +287,11 @@ impl TryFrom<Written> for Entry {
     type Error = String;
 
     fn try_from(written: Written) -> Result<Self, String> {
-        let Written {
-            name,
-            time_zone,
-            rate,
-            weight,
-            order,
-            max_age,
-            silence_alarm,
-            directory,
-            push,
-            mqtt,
-            redis,
-            nats,
-        } = written;
+        let Written { name, time_zone, rate, weight, order, max_age, silence_alarm, directory, push, redis, nats } =
+            written;
         let sources = [
             directory.map(Config::Directory),
             push.map(Config::Push),
-            mqtt.map(Config::Mqtt),
             redis.map(Config::Redis),
             nats.map(Config::Nats),
         ];
@@ -272,7 +310,6 @@ impl From<Entry> for Written {
         match source {
             Config::Directory(config) => Self { directory: Some(config), ..written },
             Config::Push(config) => Self { push: Some(config), ..written },
-            Config::Mqtt(config) => Self { mqtt: Some(config), ..written },
             Config::Redis(config) => Self { redis: Some(config), ..written },
             Config::Nats(config) => Self { nats: Some(config), ..written },
         }
@@ -284,7 +321,6 @@ pub async fn serve(around: Surroundings) {
     match around.entry.source.clone() {
         Config::Directory(config) => directory::run(config, around).await,
         Config::Push(_) => push::run(around).await,
-        Config::Mqtt(config) => mqtt::run(config, around).await,
         Config::Redis(config) => redis::run(config, around).await,
         Config::Nats(config) => nats::run(config, around).await,
     }

@@ -38,6 +38,10 @@ fn framegate_toml_documents_every_key_of_the_schema_and_no_other() {
         assert!(known.remove(table), "{table}");
         assert!(written.contains(&format!("[{table}]")), "{table}");
     }
+    for queue in ["redis", "nats"] {
+        assert!(known.remove(queue), "{queue}");
+        assert!(written.contains(&format!("[detectors.{queue}]")), "{queue}");
+    }
     // `directory` is both a table of a detector and a key of [dead_letter]; `format` both of [log] and of detect_time.
     assert!(written.contains("[detectors.directory]") && written.contains("[push]"));
     let known: BTreeSet<&str> = known.iter().map(String::as_str).collect();

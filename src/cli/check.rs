@@ -114,7 +114,11 @@ fn detector(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
     if let Some(config) = entry.directory() {
         drop_directory(out, config, &entry.time_zone)?;
     } else {
-        writeln!(out, "  {:<10} {}", entry.source.key(), entry.place())?;
+        let mut lines = entry.source.describe().into_iter();
+        writeln!(out, "  {:<10} {}", entry.source.key(), lines.next().unwrap_or_else(|| entry.place()))?;
+        for line in lines {
+            writeln!(out, "  {:<10} {line}", "")?;
+        }
         writeln!(out, "  zone       {}, where a frame does not say", entry.time_zone)?;
     }
     let order = match entry.order {

@@ -6,6 +6,7 @@ mod detector;
 mod engine;
 mod overlap;
 mod push;
+mod queue;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -51,6 +52,7 @@ pub fn check(settings: &Settings, facts: &Facts) -> Vec<Finding> {
     for (i, entry) in settings.detectors.iter().enumerate() {
         detector::check(&format!("detectors[{i}]"), entry, &mut found);
     }
+    queue::check(settings, facts, &mut found);
     detectors_together(settings, facts, &mut found);
     found.0
 }

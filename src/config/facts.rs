@@ -73,10 +73,16 @@ impl Facts {
             facts.secrets.insert(file.clone(), state);
         }
         for file in [&engine.ca_file, &push.tls_cert_file].into_iter().flatten() {
+            facts.secrets.insert(file.clone(), readable(&settings.secret_path(file)));
+        }
+        for (_, file, secret) in settings.detectors.iter().flat_map(|entry| entry.source.files()) {
             let path = settings.secret_path(file);
-            let open = std::fs::File::open(&path).map(drop);
-            let away = |error| SecretFile::Away(format!("cannot read `{}`: {error}", path.display()));
-            facts.secrets.insert(file.clone(), open.map_or_else(away, |()| SecretFile::Usable));
+            let state = if secret {
+                Secret::read(&path).map_or_else(|error| unusable(&error), |_| SecretFile::Usable)
+            } else {
+                readable(&path)
+            };
+            facts.secrets.insert(file.to_owned(), state);
         }
         let directories = settings
             .detectors
@@ -93,6 +99,11 @@ impl Facts {
     pub fn real(&self, directory: &Path) -> PathBuf {
         self.real.get(directory).cloned().unwrap_or_else(|| plain(directory))
     }
+}
+
+fn readable(path: &Path) -> SecretFile {
+    let away = |error| SecretFile::Away(format!("cannot read `{}`: {error}", path.display()));
+    std::fs::File::open(path).map_or_else(away, |_| SecretFile::Usable)
 }
 
 fn unusable(error: &anyhow::Error) -> SecretFile {

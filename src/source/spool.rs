@@ -5,7 +5,7 @@
 //! together. [`run`] is the clockwork: it keeps groups, carries out dispositions and looks after the disk. What blocks is in
 //! `store`; who is next, and what is held at all, is in `index`.
 //!
-//! Not here: the senders and what they are answered (`push`, `mqtt`).
+//! Not here: the senders and what they are answered (`push`).
 
 mod image;
 mod index;
@@ -575,7 +575,6 @@ pub fn serves(entry: &Entry) -> bool {
 fn kind_of(entry: &Entry) -> Option<SourceKind> {
     match &entry.source {
         SourceConfig::Push(_) => Some(SourceKind::Push),
-        SourceConfig::Mqtt(_) => Some(SourceKind::Mqtt),
         SourceConfig::Directory(_) | SourceConfig::Redis(_) | SourceConfig::Nats(_) => None,
     }
 }
