@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hash;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -93,6 +93,8 @@ pub(super) struct Inbox<K> {
     /// What became of the last ones, until the process ends.
     remembered: Remembered,
     lines: HashMap<(String, String), Line<K>>,
+    /// Bytes that stand in line.
+    waiting_bytes: Arc<AtomicU64>,
     /// What the next message may be expected to have, in bytes.
     typical: u64,
     up: bool,
@@ -134,8 +136,9 @@ struct Waiting<K> {
 
 struct Stack<K> {
     letters: BTreeMap<(Timestamp, K), Letter>,
-    bytes: u64,
     turns: u8,
+    /// Of all lines together.
+    waiting_bytes: Arc<AtomicU64>,
 }
 
 /// One message in line.
@@ -166,6 +169,7 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             settled: 0,
             remembered: Remembered::default(),
             lines: HashMap::new(),
+            waiting_bytes: Arc::default(),
             typical: around.max_frame,
             up: false,
             entry,
@@ -327,7 +331,7 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
     }
 
     fn waiting_bytes(&self) -> u64 {
-        self.lines.values().map(|line| line.waiting.lock().bytes).sum()
+        self.waiting_bytes.load(Ordering::Relaxed)
     }
 
     /// Whose frame it is, and what it says of itself.
@@ -409,7 +413,11 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
                 kind: self.kind,
                 order: entry.order,
                 max_age: entry.max_age,
-                stack: Mutex::new(Stack { letters: BTreeMap::new(), bytes: 0, turns: 0 }),
+                stack: Mutex::new(Stack {
+                    letters: BTreeMap::new(),
+                    turns: 0,
+                    waiting_bytes: self.waiting_bytes.clone(),
+                }),
                 tell: self.tell.clone(),
             });
             let ready = self.intake.register(detector, waiting.clone());
@@ -434,13 +442,13 @@ impl Remembered {
 
 impl<K: Copy + Ord> Stack<K> {
     fn push(&mut self, at: (Timestamp, K), letter: Letter) {
-        self.bytes += letter.image.len() as u64;
+        self.waiting_bytes.fetch_add(letter.image.len() as u64, Ordering::Relaxed);
         self.letters.insert(at, letter);
     }
 
     fn remove(&mut self, at: (Timestamp, K)) -> Option<Letter> {
         let letter = self.letters.remove(&at)?;
-        self.bytes -= letter.image.len() as u64;
+        self.waiting_bytes.fetch_sub(letter.image.len() as u64, Ordering::Relaxed);
         Some(letter)
     }
 
