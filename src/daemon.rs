@@ -23,6 +23,7 @@ use crate::config::{self, Settings};
 use crate::control::{Answer, Request};
 use crate::encode::Encoder;
 use crate::history::History;
+use crate::log::Repeats;
 use crate::metrics::{DetectorCounts, DetectorMetrics, Metrics};
 use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
@@ -190,8 +191,14 @@ impl Daemon {
             watchdog: watchdog.clone(),
             queues: Mutex::default(),
         });
-        let stages =
-            Stages { encoder, publisher: publisher.clone(), dead_letters, metrics, stop: stop_pipeline.clone() };
+        let stages = Stages {
+            encoder,
+            publisher: publisher.clone(),
+            dead_letters,
+            metrics,
+            repeats: Repeats::default(),
+            stop: stop_pipeline.clone(),
+        };
         let mut pipeline = JoinSet::new();
         pipeline.spawn(pipeline::run(outlet, Arc::new(stages), watchdog.watch("pipeline")));
 

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -285,7 +286,7 @@ impl<W: fmt::Write> fmt::Write for OneLine<'_, W> {
 #[derive(Debug)]
 pub struct Repeats {
     period: Duration,
-    seen: HashMap<String, Seen>,
+    seen: Mutex<HashMap<String, Seen>>,
 }
 
 #[derive(Debug)]
@@ -312,56 +313,41 @@ impl fmt::Display for More {
     }
 }
 
-impl Repeats {
+impl Default for Repeats {
     /// One line a minute.
-    pub const PERIOD: Duration = Duration::from_mins(1);
-
-    /// Says each kind of error once in a period.
-    pub fn new(period: Duration) -> Self {
-        Self { period, seen: HashMap::new() }
+    fn default() -> Self {
+        Self { period: Duration::from_mins(1), seen: Mutex::default() }
     }
+}
 
+impl Repeats {
     /// The error `key` came: `Some` if it is to be said, with what to add.
-    pub fn came(&mut self, key: &str, now: Instant) -> Option<More> {
-        if !self.seen.contains_key(key) && self.seen.len() >= KEYS_MAX {
-            let period = self.period;
-            self.seen.retain(|_, seen| seen.more > 0 || now.duration_since(seen.said) < period);
+    pub fn came(&self, key: &str, now: Instant) -> Option<More> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if !seen.contains_key(key) && seen.len() >= KEYS_MAX {
+            seen.retain(|_, it| now.duration_since(it.said) < self.period);
         }
-        let known = self.seen.contains_key(key) || self.seen.len() < KEYS_MAX;
+        let known = seen.contains_key(key) || seen.len() < KEYS_MAX;
         let key = if known { key } else { OTHERS };
-        let Some(seen) = self.seen.get_mut(key) else {
-            self.seen.insert(key.into(), Seen { said: now, more: 0 });
+        let Some(it) = seen.get_mut(key) else {
+            seen.insert(key.into(), Seen { said: now, more: 0 });
             return Some(More { count: 0, within: Duration::ZERO });
         };
-        let within = now.duration_since(seen.said);
+        let within = now.duration_since(it.said);
         if within < self.period {
-            seen.more += 1;
+            it.more += 1;
             return None;
         }
-        let more = More { count: seen.more, within };
-        *seen = Seen { said: now, more: 0 };
+        let more = More { count: it.more, within };
+        *it = Seen { said: now, more: 0 };
         Some(more)
-    }
-
-    /// What was kept silent and did not come again: to be said every now and then, so that no count is lost.
-    pub fn overdue(&mut self, now: Instant) -> Vec<(String, More)> {
-        let mut overdue = Vec::new();
-        let period = self.period;
-        self.seen.retain(|key, seen| {
-            let within = now.duration_since(seen.said);
-            if within >= period && seen.more > 0 {
-                overdue.push((key.clone(), More { count: seen.more, within }));
-            }
-            within < period
-        });
-        overdue
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::{self, Write};
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
     use super::*;
 
@@ -481,7 +467,7 @@ mod tests {
     fn repeated_errors_are_said_once_a_period_with_their_number() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut repeats = Repeats::new(Repeats::PERIOD);
+        let repeats = Repeats::default();
         assert_eq!(repeats.came("disk full", at(0)).unwrap().to_string(), "");
         for second in 1..42 {
             assert_eq!(repeats.came("disk full", at(second)), None);
@@ -490,19 +476,15 @@ mod tests {
         let more = repeats.came("disk full", at(60)).unwrap();
         assert_eq!(more.to_string(), " (and 41 more in the last 60 s)");
         assert_eq!(repeats.came("disk full", at(61)), None);
-        assert_eq!(repeats.overdue(at(100)), []);
-        let overdue = repeats.overdue(at(130));
-        assert_eq!(overdue, [("disk full".into(), More { count: 1, within: Duration::from_secs(70) })]);
-        assert_eq!(repeats.came("disk full", at(131)).unwrap().count, 0, "forgotten, so it is news again");
     }
 
     #[test]
     fn the_kinds_are_bounded() {
         let now = Instant::now();
-        let mut repeats = Repeats::new(Repeats::PERIOD);
+        let repeats = Repeats::default();
         let said = (0..10_000).filter(|n| repeats.came(&n.to_string(), now).is_some()).count();
-        assert!(said <= KEYS_MAX + 1 && repeats.seen.len() <= KEYS_MAX + 1, "{said}");
-        assert!(repeats.came("new", now + Repeats::PERIOD).is_some());
-        assert!(repeats.seen.len() <= 2);
+        assert!(said <= KEYS_MAX + 1 && repeats.seen.lock().unwrap().len() <= KEYS_MAX + 1, "{said}");
+        assert!(repeats.came("new", now + repeats.period).is_some());
+        assert!(repeats.seen.lock().unwrap().len() <= 2);
     }
 }

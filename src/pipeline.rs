@@ -11,10 +11,12 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::encode::{Encoded, Encoder};
 use crate::frame::Frame;
+use crate::log::Repeats;
 use crate::metrics::{DetectorMetrics, Metrics};
 use crate::notify::Progress;
 use crate::publish::{Outcome, Publisher};
@@ -38,6 +40,8 @@ pub struct Stages {
     pub dead_letters: Arc<DeadLetters>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// What fails for one frame after the other is said once a minute.
+    pub repeats: Repeats,
     /// Cancelled: nothing waits any more, what has no answer is released.
     pub stop: CancellationToken,
 }
@@ -128,7 +132,9 @@ async fn keep(stages: &Stages, frame: &Frame, image: Bytes, refusal: Refusal) ->
             Ok(Ok(())) => return true,
             Ok(Err(error)) => {
                 stages.metrics.counter("settle_errors_total", &[("operation", "dead-letter")]).increment(1);
-                tracing::warn!(id = %frame.id, %error, "cannot keep a dead letter; the frame stays at its source and is tried again");
+                if let Some(more) = stages.repeats.came(&error.to_string(), Instant::now()) {
+                    tracing::warn!(id = %frame.id, %error, "cannot keep a dead letter; the frame stays at its source and is tried again{more}");
+                }
             }
             Err(error) => tracing::error!(id = %frame.id, %error, "keeping a dead letter failed"),
         }
@@ -220,6 +226,7 @@ mod tests {
             publisher: publisher.clone(),
             dead_letters: DeadLetters::open(kept, metrics.clone()).unwrap(),
             metrics,
+            repeats: Repeats::default(),
             stop: CancellationToken::new(),
         });
         let beat = Watchdog::new(Arc::new(Notify::silent()), None).watch("pipeline");

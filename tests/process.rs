@@ -782,3 +782,32 @@ impl Manager {
         })
     }
 }
+
+#[test]
+fn bad_frames_without_a_place_for_dead_letters_do_not_flood_the_log_and_are_kept_when_there_is_one() {
+    const FRAMES: i64 = 100;
+    let engine = Engine::start();
+    let site = site(&engine).detector("Lobby", "UTC", "");
+    let mut daemon = site.run();
+    let (place, away) = (site.dead_letters(), site.dead_letters().with_extension("away"));
+    fs::rename(&place, &away).unwrap();
+    fs::write(&place, "in the way").unwrap();
+    let directory = site.drop_dir("Lobby");
+    for n in 0..FRAMES {
+        put(&directory, &format!("{n}.jpg"), format!("no image {n}").as_bytes());
+    }
+    eventually("each was tried twice", PATIENCE, || {
+        let tried = daemon.metrics().count("framegate_settle_errors_total", "operation=\"dead-letter\"");
+        (tried >= 2 * FRAMES).then_some(())
+    });
+    let warnings: Vec<String> = site.log().lines().filter(|line| line.contains("WARN")).map(str::to_owned).collect();
+    assert!((1..=10).contains(&warnings.len()), "{} lines: {warnings:#?}", warnings.len());
+    assert!(warnings.iter().any(|line| line.contains("cannot keep a dead letter")), "{warnings:#?}");
+    fs::remove_file(&place).unwrap();
+    fs::rename(&away, &place).unwrap();
+    eventually("all are dead letters", PATIENCE, || {
+        (daemon.metrics().count("framegate_dead_letters", "") == FRAMES).then_some(())
+    });
+    daemon.idle(PATIENCE);
+    assert!(daemon.stop().success());
+}

@@ -24,8 +24,10 @@ use rustix::fs::OFlags;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::frame::{Frame, FrameId};
+use crate::log::Repeats;
 use crate::metrics::Metrics;
 use crate::settle::{Reason, Refusal};
 
@@ -435,6 +437,7 @@ pub struct DeadLetters {
     kept: Mutex<Kept>,
     changed: Notify,
     metrics: Arc<Metrics>,
+    repeats: Repeats,
     count: Gauge,
     bytes: Gauge,
 }
@@ -471,6 +474,7 @@ impl DeadLetters {
             }),
             changed: Notify::new(),
             metrics,
+            repeats: Repeats::default(),
             store,
         };
         for reason in ["age", "size"] {
@@ -594,7 +598,9 @@ impl DeadLetters {
             && let Some(oldest) = kept.letters.keys().next().cloned()
         {
             if let Err(error) = self.purge(kept, &oldest, "size") {
-                tracing::warn!(%error, directory = %self.store.directory.display(), "cannot remove the oldest dead letter");
+                if let Some(more) = self.repeats.came(&error.to_string(), Instant::now()) {
+                    tracing::warn!(%error, directory = %self.store.directory.display(), "cannot remove the oldest dead letter{more}");
+                }
                 return;
             }
         }
@@ -721,7 +727,6 @@ fn age(now_ms: i64, at_ms: i64) -> Duration {
 pub(crate) mod tests {
     use super::*;
     use crate::frame::{Detector, SourceKind};
-    use tokio::time::Instant;
 
     pub(crate) fn frame() -> Frame {
         Frame {

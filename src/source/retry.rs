@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Entry;
 use crate::frame::{Detector, Frame, FrameId, SourceKind};
+use crate::log::Repeats;
 use crate::metrics::{DetectorMetrics, Metrics};
 use crate::queue::{self, Intake, Offer, Ready, Taken};
 use crate::settle::dead_letter::{DeadLetter, DeadLetters, Listed, Store};
@@ -73,6 +74,7 @@ struct Source {
     /// The directory's modification time, when everything of that time is known.
     seen: Option<SystemTime>,
     stopping: bool,
+    repeats: Arc<Repeats>,
 }
 
 /// A detector's name and time zone.
@@ -106,6 +108,7 @@ struct Waiting {
     detector: Arc<Detector>,
     letters: Mutex<VecDeque<(Arc<DeadLetter>, Instant)>>,
     tell: UnboundedSender<News>,
+    repeats: Arc<Repeats>,
 }
 
 impl Source {
@@ -128,6 +131,7 @@ impl Source {
             lines: HashMap::new(),
             seen: None,
             stopping: false,
+            repeats: Arc::default(),
         };
         (source, news)
     }
@@ -150,7 +154,9 @@ impl Source {
             Ok(Some(change)) => change,
             Ok(None) => return,
             Err(error) => {
-                tracing::warn!(%error, directory = %self.line.directory().display(), "cannot look for dead letters to retry");
+                if let Some(more) = self.repeats.came(&format!("look: {error}"), Instant::now()) {
+                    tracing::warn!(%error, directory = %self.line.directory().display(), "cannot look for dead letters to retry{more}");
+                }
                 return;
             }
         };
@@ -195,7 +201,9 @@ impl Source {
             Ok(None) => {}
             Err(error) => {
                 self.seen = None;
-                tracing::warn!(%id, %error, "what is left of a dead letter cannot be removed from the retry line");
+                if let Some(more) = self.repeats.came(&format!("leavings: {error}"), Instant::now()) {
+                    tracing::warn!(%id, %error, "what is left of a dead letter cannot be removed from the retry line{more}");
+                }
             }
         }
     }
@@ -223,6 +231,7 @@ impl Source {
                 detector: detector.clone(),
                 letters: Mutex::default(),
                 tell: self.tell.clone(),
+                repeats: self.repeats.clone(),
             });
             let ready = self.intake.register(detector, waiting.clone());
             Line { waiting, ready, counts: self.metrics.detector(name) }
@@ -266,7 +275,9 @@ impl Source {
                 {
                     held.standing = Standing::Settled;
                     self.metrics.counter("settle_errors_total", &[("operation", "unlink")]).increment(1);
-                    tracing::warn!(%id, %error, "a retried dead letter cannot be removed from the retry line; trying again");
+                    if let Some(more) = self.repeats.came(&format!("clear: {error}"), Instant::now()) {
+                        tracing::warn!(%id, %error, "a retried dead letter cannot be removed from the retry line; trying again{more}");
+                    }
                 }
             }
         }
@@ -301,13 +312,13 @@ impl Waiting {
 impl queue::Line for Waiting {
     fn next(&self) -> Option<Offer> {
         let (letter, noticed) = self.lock().pop_front()?;
-        let (store, detector) = (self.store.clone(), self.detector.clone());
+        let (store, detector, repeats) = (self.store.clone(), self.detector.clone(), self.repeats.clone());
         let (tell, id) = (self.tell.clone(), letter.id.clone());
         // Made here, so that a take that is dropped before it runs is news, too. No news reaches a source that is gone.
         let receipt = Receipt::new(move |disposition| tell.send((id, disposition)).unwrap_or_default());
         Some(Offer {
             image_bytes: letter.image_bytes,
-            take: Box::new(move |buffer| take(&store, detector, &letter, noticed, receipt, buffer)),
+            take: Box::new(move |buffer| take(&store, detector, &letter, noticed, receipt, &repeats, buffer)),
         })
     }
 }
@@ -318,6 +329,7 @@ fn take(
     letter: &DeadLetter,
     noticed: Instant,
     receipt: Receipt,
+    repeats: &Repeats,
     buffer: &mut Vec<u8>,
 ) -> Taken {
     match store.read_image(&letter.id, buffer) {
@@ -339,7 +351,9 @@ fn take(
             Taken::Gone
         }
         Err(error) => {
-            tracing::warn!(id = %letter.id, %error, "cannot read a dead letter to retry; trying again");
+            if let Some(more) = repeats.came(&format!("read: {error}"), Instant::now()) {
+                tracing::warn!(id = %letter.id, %error, "cannot read a dead letter to retry; trying again{more}");
+            }
             Taken::Gone
         }
     }
