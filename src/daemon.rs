@@ -501,6 +501,8 @@ impl Daemon {
             // It settles what it has in hand, gives the rest back, and ends by itself.
             source.stop.cancel();
         }
+        // Sources find their secrets where the new configuration says.
+        self.settings = new.clone();
         let mut added = 0;
         for entry in &new.detectors {
             if !self.sources.iter().any(|source| *source.entry == *entry) {
@@ -519,7 +521,6 @@ impl Daemon {
             message.push_str("; needs a restart to take effect: ");
             message.push_str(&changes.needs_restart.join(", "));
         }
-        self.settings = new;
         Ok(message)
     }
 }

@@ -306,6 +306,17 @@ pub const REFUSAL_REASONS: [&str; 10] = [
     "no-name",
 ];
 
+/// A source's service of a detector; dropped, the source has left it.
+#[derive(Debug)]
+#[must_use]
+pub struct Serving(Arc<DetectorMetrics>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.left();
+    }
+}
+
 impl DetectorMetrics {
     fn new(recorder: &PrometheusRecorder, name: Arc<str>) -> Self {
         let counter = |metric: &'static str, label: Option<(&'static str, &'static str)>| {
@@ -431,6 +442,12 @@ impl DetectorMetrics {
             self.up(false);
             self.silence_alarm.set(0.0);
         }
+    }
+
+    /// A source serves the detector, with this alarm, until the answer is dropped.
+    pub fn serve(self: &Arc<Self>, silence_alarm: Option<Duration>) -> Serving {
+        self.served(silence_alarm);
+        Serving(self.clone())
     }
 
     /// Longer than its alarm without a frame.

@@ -20,7 +20,7 @@ use super::message::{self, Image, Known};
 use super::{Entry, Order, Surroundings, Template, believable};
 use crate::encode::body;
 use crate::frame::{Detector, Frame, FrameId, SourceKind};
-use crate::metrics::{DetectorMetrics, Metrics};
+use crate::metrics::{DetectorMetrics, Metrics, Serving};
 use crate::queue::{self, Intake, Offer, Ready, Taken};
 use crate::settle::{Disposition, Reason, Receipt, Refusal};
 
@@ -97,6 +97,8 @@ pub(super) struct Inbox<K> {
     waiting_bytes: Arc<AtomicU64>,
     /// What the next message may be expected to have, in bytes.
     typical: u64,
+    /// Of a detector with a name of its own, from the start on.
+    serving: Option<Serving>,
     up: bool,
 }
 
@@ -122,6 +124,8 @@ struct Line<K> {
     ready: Ready,
     counts: Arc<DetectorMetrics>,
     held: usize,
+    /// Its alarm counts as long as the line is there.
+    _serving: Serving,
 }
 
 /// A detector's messages in line.
@@ -158,7 +162,7 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
         let (tell, news) = unbounded_channel();
         let entry = around.entry.clone();
         let template = Template::parse(&entry.name, entry.source.placeholders()).ok();
-        let inbox = Self {
+        let mut inbox = Self {
             template,
             kind,
             max_frame: around.max_frame,
@@ -172,11 +176,14 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             waiting_bytes: Arc::default(),
             typical: around.max_frame,
             up: false,
+            serving: None,
             entry,
         };
         // From the start on its series are there, and what was lost or came again can be counted.
         if inbox.template.as_ref().is_some_and(Template::is_fixed) {
-            inbox.metrics.detector(&inbox.entry.name).up(false);
+            let counts = inbox.metrics.detector(&inbox.entry.name);
+            counts.up(false);
+            inbox.serving = Some(counts.serve(inbox.entry.silence_alarm));
         }
         inbox.redelivered(0);
         inbox.lost_upstream(0);
@@ -423,7 +430,8 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             let ready = self.intake.register(detector, waiting.clone());
             let counts = self.metrics.detector(name);
             counts.up(self.up);
-            Line { waiting, ready, counts, held: 0 }
+            let serving = counts.serve(entry.silence_alarm);
+            Line { waiting, ready, counts, held: 0, _serving: serving }
         })
     }
 }

@@ -247,6 +247,7 @@ pub async fn run(around: Surroundings) {
     };
     let fixed = Template::parse(&around.entry.name, around.entry.source.placeholders()).is_ok_and(|it| it.is_fixed());
     let counts = fixed.then(|| around.metrics.detector(&around.entry.name));
+    let _serving = counts.as_ref().map(|counts| counts.serve(around.entry.silence_alarm));
     let mut look = tokio::time::interval(LOOK_EVERY);
     loop {
         let held = door.held();
@@ -258,9 +259,6 @@ pub async fn run(around: Surroundings) {
             () = around.stop.cancelled() => break,
             _ = look.tick() => {}
         }
-    }
-    if let Some(counts) = counts {
-        counts.up(false);
     }
 }
 

@@ -340,6 +340,19 @@ impl Claim {
         }
     }
 
+    /// Puts what is no file back beside its place, under a hidden name: another is at its place now. `false`: there is no
+    /// such directory any more.
+    pub(super) fn put_aside(&self) -> io::Result<bool> {
+        let (place, name) = self.place()?;
+        let back = match tree::open_below(self.root.fd.as_fd(), &self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other?,
+        };
+        rename(place.as_fd(), &name, back.as_fd(), format!(".{}", self.id).as_bytes())?;
+        self.remove_place(&place);
+        Ok(true)
+    }
+
     /// The same file under a new id: its content is another frame now.
     pub(super) fn renew(&self) -> io::Result<Self> {
         let new = Self { id: FrameId::generate(), instance: self.root.own.clone(), ..self.clone() };

@@ -62,7 +62,8 @@ pub(super) fn open(path: &Path) -> io::Result<OwnedFd> {
 
 /// Looks at what a configured path leads to.
 pub(super) fn look_along(path: &Path) -> io::Result<Look> {
-    Ok(Look::new(&rustix::fs::stat(path)?))
+    // An interrupted look would make the directory seem gone.
+    Ok(Look::new(&rustix::io::retry_on_intr(|| rustix::fs::stat(path))?))
 }
 
 /// Opens the directory `rel` (components between slashes, empty for `root` itself) below `root`, on the same file system.

@@ -481,6 +481,10 @@ fn refusal(flaw: &Flaw) -> Refusal {
 fn give_up(claim: Claim, look: Look, reason: &'static str) -> Result<Catch, Failure> {
     match claim.put_back() {
         Ok(true) => Ok(Catch::Refused(look, reason)),
+        // It would wait for ever as if it were a frame.
+        Ok(false) if look.kind != FileType::RegularFile && claim.put_aside().is_ok_and(|gone| gone) => {
+            Ok(Catch::Refused(look, reason))
+        }
         Ok(false) => Ok(Catch::Caught(claim, look, reason)),
         Err(error) => Err(Failure { step: Step::Claim, error, claim: Some(claim) }),
     }
