@@ -552,7 +552,8 @@ fn e2_strangers_get_401_413_408_and_429_and_no_memory() {
     let client = std::iter::repeat_with(|| curl_at(&[], &base, PUBLISH, &["--data", &body, "-H", &bearer])).take(20);
     let statuses: Vec<u16> = client.map(|got| got.status).collect();
     assert!(statuses.contains(&200), "others get through: {statuses:?}");
-    assert!(first_line(&mut slow[0]).contains(" 408 "));
+    // The first of them may have come before there was room again after the ten thousand.
+    assert!(slow.iter_mut().rev().any(|stream| first_line(stream).contains(" 408 ")));
     let log = site.log();
     assert!(!log.contains("canary-push-password") && !log.contains(token["token"].as_str().unwrap()));
     drop(slow);
