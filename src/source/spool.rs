@@ -1,7 +1,7 @@
 //! The spool: a durable queue on disk for frames whose sender is told "we have it" before they are published. One for each
 //! daemon, shared by all sources of that kind.
 //!
-//! [`Spool::put`] takes one frame and resolves when it is durable; frames that come while the disk syncs are synced
+//! `Spool::put` takes one frame and resolves when it is durable; frames that come while the disk syncs are synced
 //! together. [`run`] is the clockwork: it keeps groups, carries out dispositions and looks after the disk. What blocks is in
 //! `store`; who is next, and what is held at all, is in `index`.
 //!
