@@ -8,6 +8,9 @@ use bytesize::ByteSize;
 use crate::control::{self, Request};
 use crate::daemon::Status;
 
+/// Longer names are cut, so that a line fits a terminal.
+const NAME_CHARS_MAX: usize = 28;
+
 /// Arguments of `framegate status`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -54,33 +57,104 @@ fn describe(status: &Status) -> String {
     }
     for source in &status.sources {
         if let Some(why) = &source.held {
-            line(format_args!("held: {} ({}): {why}", source.name, source.place));
+            let (name, place) = (source.name.escape_debug(), source.place.escape_debug());
+            line(format_args!("held: {name} ({place}): {}", printable(why)));
         }
     }
     for detector in status.detectors.iter().filter(|detector| detector.counts.silent) {
         let name = detector.name.escape_debug();
         line(format_args!("silent: {name} has sent nothing for longer than its silence_alarm"));
     }
+    if status.detectors.is_empty() {
+        line(format_args!("\nno frame has come yet"));
+        return text;
+    }
+    let names: Vec<String> = status.detectors.iter().map(|detector| cut(&detector.name)).collect();
+    let width = names.iter().map(|name| name.chars().count()).chain(["detector".len()]).max().unwrap_or(0);
     line(format_args!(
-        "\n{:<28} {:>10} {:>10} {:>8} {:>8} {:>8} {:>8}  last frame",
-        "detector", "received", "published", "per s", "pending", "dead", "dropped"
+        "\n{:<width$} {:<6} {:>7} {:>8} {:>8} {:>9} {:>6} {:>9}",
+        "detector", "state", "per s", "ms", "pending", "published", "dead", "last"
     ));
-    for detector in &status.detectors {
+    for (detector, name) in status.detectors.iter().zip(names) {
         let counts = &detector.counts;
-        let last = counts
-            .last_frame_ms
-            .and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok())
-            .map_or_else(|| "never".into(), |at| at.strftime("%F %T UTC").to_string());
+        let state = match (counts.up, counts.silent) {
+            (false, _) => "held",
+            (true, true) => "silent",
+            (true, false) => "well",
+        };
         line(format_args!(
-            "{:<28} {:>10} {:>10} {:>8.1} {:>8} {:>8} {:>8}  {last}",
-            detector.name.escape_debug().to_string(),
-            counts.received,
-            counts.published,
+            "{name:<width$} {state:<6} {:>7.1} {:>8} {:>8} {:>9} {:>6} {:>9}",
             detector.rate,
+            detector.delivery_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1}")),
             counts.pending,
+            counts.published,
             counts.dead_lettered,
-            counts.dropped
+            ago(counts.last_frame_ms),
         ));
     }
     text
+}
+
+/// A name as a column holds it.
+fn cut(name: &str) -> String {
+    let shown: String = name.escape_debug().collect();
+    if shown.chars().count() <= NAME_CHARS_MAX {
+        return shown;
+    }
+    shown.chars().take(NAME_CHARS_MAX - 1).chain(['…']).collect()
+}
+
+/// Reasons hold names and paths of others: nothing of theirs moves the cursor.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// How long ago, in its largest unit.
+fn ago(millis: Option<i64>) -> String {
+    let Some(millis) = millis else { return "never".into() };
+    let seconds = (jiff::Timestamp::now().as_millisecond() - millis).max(0) / 1000;
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the daemon would say it.
+    fn status(names: &[&str]) -> Status {
+        let detector = |name: &&str| {
+            serde_json::json!({ "name": name, "rate": 12.34, "delivery_ms": 2.5, "counts": {
+                "received": 9, "published": 7, "dead_lettered": 1, "dropped": 0, "returned": 0, "refused": 0,
+                "pending": 1, "up": true, "silent": false, "last_frame_ms": null } })
+        };
+        serde_json::from_value(serde_json::json!({
+            "version": "1", "pid": 7, "uptime_seconds": 60, "admin": "127.0.0.1:9464",
+            "engine": { "state": "open", "since": "2026-11-23T11:00:00Z", "reason": "", "advice": "",
+                "concurrency_limit": 1, "in_flight": 0, "waiting": 0, "token_expires": null,
+                "clock_skew_seconds": null, "insecure": false },
+            "sources": [{ "name": "Door", "place": "/srv/\u{1b}[2J", "held": "gone\u{7}" }],
+            "detectors": names.iter().map(detector).collect::<Vec<_>>(),
+            "dead_letters": 0, "dead_letter_bytes": 0, "spool_frames": 0, "spool_bytes": 0, "push": null
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn columns_stay_in_line_and_within_a_narrow_terminal_whatever_the_names() {
+        let long = "x".repeat(300);
+        for names in [vec!["A"], vec!["Lobby", "Tür", "a\nb"], vec![&*long, "B"]] {
+            let text = describe(&status(&names));
+            assert!(!text.contains(['\u{1b}', '\u{7}']), "{text:?}");
+            let table: Vec<&str> = text.split("\n\n").nth(1).unwrap().lines().collect();
+            assert_eq!(table.len(), names.len() + 1, "{text}");
+            let widths: Vec<usize> = table.iter().map(|line| line.chars().count()).collect();
+            assert!(widths.iter().all(|width| *width == widths[0] && *width <= 88), "{widths:?}\n{text}");
+        }
+        assert!(describe(&status(&[])).contains("no frame has come yet"));
+    }
 }
