@@ -559,7 +559,7 @@ fn c19_an_engine_that_closes_idle_connections_after_a_second_loses_nothing() {
 
 #[test]
 fn c23_after_an_outage_the_first_frame_goes_within_seconds_the_freshest_ahead_and_nothing_is_lost() {
-    const OUTAGE: Duration = Duration::from_secs(8);
+    const OUTAGE: Duration = Duration::from_secs(20);
     let engine = Engine::start();
     // The default back-off: that is what heals on site.
     let site = Site::new(&engine.base_url()).section("[publish]\nmax_in_flight = 8").detector("Lobby", "UTC", "");
