@@ -433,6 +433,44 @@ fn a20_a_disk_that_an_error_made_read_only_is_published_once_said_and_healed_by_
     assert!(arrivals(&[&engine]).values().all(|times| *times <= 2));
 }
 
+#[test]
+fn a20_a_dead_disk_that_was_replaced_frees_its_detector_without_a_restart() {
+    const FILES: u64 = 40;
+    let engine = Engine::start();
+    let site = site(&engine, QUICK);
+    let (dir, disk) = (site.drop_dir("Cam"), site.path().join("disk"));
+    let (mount, disk) = (shown(&dir), shown(&disk));
+    File::create(disk).unwrap().set_len(64 << 20).unwrap();
+    if !works("mkfs.ext4", &["-q", "-F", "-O", "^has_journal", disk]) {
+        return skipped("a20", "no mkfs.ext4");
+    }
+    let setup = format!("mount -o loop,errors=remount-ro {disk} {mount}");
+    if !works("unshare", &["-m", "--propagation", "private", "sh", "-c", &setup]) {
+        return skipped("a20", "no ext4 can be mounted");
+    }
+    let apart = Apart::start(&site, &setup).expect("it could be mounted a moment ago").until_ready();
+    engine.hold();
+    for n in 0..FILES {
+        put_face(&apart.path(&dir), n);
+    }
+    eventually("some are in hand, some not yet", PATIENCE, || (engine.counts().in_flight > 0).then_some(()));
+    apart.shell(&format!("sync -f {mount}"));
+    apart.shell(&format!("mount -o remount,abort {mount}"));
+    engine.release();
+    until(&apart.daemon, "files cannot be removed", |it| it.count(ERRORS, &operation("remove")) > 0);
+    until(&apart.daemon, "nothing is in flight", |it| it.count("framegate_frames_in_flight", "") == 0);
+
+    apart.shell(&format!(
+        "umount -l {mount}; cp --sparse=always {disk} {disk}2; e2fsck -p -f {disk}2 || true; mount -o loop {disk}2 {mount}"
+    ));
+    engine.until_accepted(FILES);
+    apart.idle(&dir);
+    nothing_lost(&[&engine], &hashes(0..FILES));
+    assert!(arrivals(&[&engine]).values().all(|times| *times <= 2), "once more at most");
+    until(&apart.daemon, "it is up", |it| it.count(UP, "") == 1);
+    assert!(site.log().contains("stay behind on a file system that was replaced"));
+}
+
 // ---- A22, A23: calls that fail
 
 #[test]

@@ -228,6 +228,7 @@ async fn settle(
                 }
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 stuck = settle_batch(site, stuck).await;
+                let_go(site, &mut stuck);
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
                 if stuck.is_empty() {
@@ -250,6 +251,20 @@ async fn settle(
         }
     }
     unsettled.leave(settle_batch(site, stuck).await);
+}
+
+/// What lies on a file system that is not there any more holds nothing up: it cannot be settled, and what is there now can.
+/// If it comes back, its claims are adopted like those of a crash.
+fn let_go(site: &Site, stuck: &mut Vec<Settled>) {
+    let Some(root) = site.root.load_full() else { return };
+    let before = stuck.len();
+    stuck.retain(|settled| (settled.held.claim.root.dev, settled.held.claim.root.ino) == (root.dev, root.ino));
+    if stuck.len() < before {
+        tracing::warn!(
+            detector = %site.entry.name, path = ?site.config.path, files = before - stuck.len(),
+            "settled files stay behind on a file system that was replaced; where it comes back, they are published once more"
+        );
+    }
 }
 
 async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
