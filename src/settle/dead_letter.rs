@@ -33,6 +33,10 @@ use crate::settle::{Reason, Refusal};
 
 /// Leftovers of a write that never ended are removed when they are older than this.
 const LEFTOVER_AGE: Duration = Duration::from_hours(1);
+/// A wall clock that is further than this, in milliseconds, from where the monotonic one says it should be has jumped.
+const JUMP_MS: u64 = 3_600_000;
+/// How long after a jump no dead letter is too old: time for somebody, or NTP, to set the clock right.
+const DISTRUST: Duration = Duration::from_hours(24);
 /// 2020-01-01. What died earlier died while the clock was not set: its age is not known, so it is never too old.
 const CLOCK_UNSET_BEFORE_MS: i64 = 1_577_836_800_000;
 /// What a file takes at least on the disk; counting it bounds the number of files, too.
@@ -449,6 +453,26 @@ struct Kept {
     writing: usize,
     max_size: u64,
     max_age: Duration,
+    /// The wall clock, in milliseconds, and the monotonic one at the last pass.
+    clocks: Option<(i64, Instant)>,
+    /// The wall clock jumped: nobody is too old before this.
+    distrusted_until: Option<Instant>,
+}
+
+impl Kept {
+    /// Whether ages can be told by the wall clock. A jump of it makes everything old at once, and may be the mistake.
+    fn trusts_clock(&mut self, wall: i64, now: Instant) -> bool {
+        if let Some((before, then)) = self.clocks.replace((wall, now)) {
+            let passed = i64::try_from(now.duration_since(then).as_millis()).unwrap_or(i64::MAX);
+            if (wall - before).abs_diff(passed) > JUMP_MS {
+                tracing::warn!(
+                    "the clock of this box jumped: no dead letter is removed for its age within the next day"
+                );
+                self.distrusted_until = Some(now + DISTRUST);
+            }
+        }
+        self.distrusted_until.is_none_or(|until| now >= until)
+    }
 }
 
 impl DeadLetters {
@@ -471,6 +495,8 @@ impl DeadLetters {
                 writing: 0,
                 max_size: config.max_size.as_u64(),
                 max_age: config.max_age,
+                clocks: None,
+                distrusted_until: None,
             }),
             changed: Notify::new(),
             metrics,
@@ -555,7 +581,9 @@ impl DeadLetters {
         }
         let limit = if kept.max_age == Duration::ZERO { Duration::MAX } else { kept.max_age };
         let known = kept.letters.keys().filter(|(at, _)| *at >= CLOCK_UNSET_BEFORE_MS);
-        for key in known.take_while(|(at, _)| age(now, *at) > limit).cloned().collect::<Vec<_>>() {
+        let old: Vec<_> = known.take_while(|(at, _)| age(now, *at) > limit).cloned().collect();
+        let trusted = kept.trusts_clock(now, Instant::now());
+        for key in old.into_iter().filter(|_| trusted) {
             self.purge(&mut kept, &key, "age")?;
         }
         self.shrink(&mut kept, 0);
@@ -1019,5 +1047,22 @@ pub(crate) mod tests {
             kept(&letters, b"abc", Reason::Rejected);
             drop(mount(&["umount"]));
         }
+    }
+
+    #[test]
+    fn a25_a_clock_that_jumps_ahead_removes_no_dead_letter_for_its_age() {
+        let dir = tempfile::tempdir().unwrap();
+        let (letters, _) = open(dir.path());
+        letters.keep(&frame(), b"abc", &refusal(Reason::Rejected)).unwrap();
+        letters.reconfigure(ByteSize::mib(1), Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(5));
+        // Ten years ago by the wall clock, this moment by the other.
+        letters.lock().clocks = Some((now_ms() - 10 * 365 * 86_400_000, Instant::now()));
+        letters.tidy().unwrap();
+        letters.tidy().unwrap();
+        assert_eq!(letters.totals().0, 1, "kept, although it looks ten years old");
+        letters.lock().distrusted_until = None;
+        letters.tidy().unwrap();
+        assert_eq!(letters.totals().0, 0);
     }
 }
