@@ -67,7 +67,7 @@ enum Command {
     Publish(publish::Args),
     /// Look at, retry or remove frames that could not be published
     DeadLetter(DeadLetterArgs),
-    /// Look at or remove frames that wait in the spool: pushed, or taken from a topic
+    /// Look at or remove pushed frames that wait in the spool
     Spool(SpoolArgs),
     /// Show all of it at work on this machine, without credentials
     Demo(demo::Args),

@@ -90,7 +90,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("dead_letters", G, "Dead letters kept."),
     ("dead_letter_bytes", G, "Bytes that the dead letters take."),
     ("dead_letters_purged_total", C, "Dead letters removed to keep the bounds, by reason: age or size."),
-    ("spool_frames", G, "Frames in the spool: pushed or taken from a topic, and not yet settled."),
+    ("spool_frames", G, "Pushed frames in the spool that are not yet settled."),
     ("spool_bytes", G, "Bytes that the spool takes on disk."),
     ("spool_max_bytes", G, "spool.max_size: bytes that the spool may take."),
     ("spool_syncs_total", C, "Groups of frames that were made durable together."),

@@ -1,4 +1,4 @@
-//! `framegate spool list|purge`: what pushed frames and those of topics wait on disk. Looks at the directory itself; purging
+//! `framegate spool list|purge`: what pushed frames wait on disk. Looks at the directory itself; purging
 //! is the running daemon's work, or done here where there is none.
 
 use std::io::{self, BufRead, IsTerminal as _, Write};

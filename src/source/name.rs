@@ -11,7 +11,7 @@ pub struct Template(Vec<Part>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Part {
     Text(String),
-    /// The n-th level of a path, topic or subject, from 0.
+    /// The n-th level of a path or subject, from 0.
     Level(usize),
     /// What the frame itself says.
     Field(String),
@@ -20,7 +20,7 @@ enum Part {
 /// The placeholders that one kind of source knows.
 #[derive(Clone, Copy, Debug)]
 pub struct Placeholders {
-    /// `path`, `topic` or `subject`: `{path.0}`. `None`: it has no levels.
+    /// `path` or `subject`: `{path.0}`. `None`: it has no levels.
     pub levels: Option<&'static str>,
     /// Names in braces that stand for what a frame says: `field.detectorName`.
     pub fields: &'static [&'static str],
@@ -56,7 +56,7 @@ impl Template {
         self.0.iter().all(|part| matches!(part, Part::Text(_)))
     }
 
-    /// Whether it names a level of a path, topic or subject.
+    /// Whether it names a level of a path or subject.
     pub fn names_levels(&self) -> bool {
         self.0.iter().any(|part| matches!(part, Part::Level(_)))
     }

@@ -58,7 +58,7 @@ const PROBE_BYTES: usize = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where pushed frames and those of a topic are kept until they are published.
+    /// Where pushed frames are kept until they are published.
     pub directory: PathBuf,
     /// Bytes on disk, all of them together; beyond it new frames are refused.
     #[schemars(with = "String")]

@@ -29,7 +29,7 @@ pub(super) struct Meta {
     pub source: String,
     /// The name of its entry as it is written, placeholders and all: what its rate, order and the like are looked up by.
     pub entry: String,
-    /// What the source calls it: a topic, a request.
+    /// What the source calls it, such as a request.
     pub name: String,
     /// Whether the image is kept as the base64 that it came in.
     pub base64: bool,
