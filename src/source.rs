@@ -332,6 +332,16 @@ pub async fn serve(around: Surroundings) {
     }
 }
 
+/// Connects to an entry's broker as its source does, with its account, and looks whether what it reads is there; changes
+/// nothing. `None`: it has no broker. For `framegate doctor`.
+pub async fn reach(entry: &Entry, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> Option<Result<String, String>> {
+    match &entry.source {
+        Config::Directory(_) | Config::Push(_) => None,
+        Config::Redis(config) => Some(redis::reach(config, files).await),
+        Config::Nats(config) => Some(nats::reach(config, files).await),
+    }
+}
+
 /// 2000-01-01T00:00:00Z, in seconds: no detector is older.
 const EARLIEST_SECONDS: i64 = 946_684_800;
 /// A detector's clock may be this far ahead of ours.

@@ -7,6 +7,7 @@ mod config;
 mod link;
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::bail;
@@ -62,6 +63,16 @@ pub async fn run(config: Config, around: Surroundings) {
         if source.given_up() {
             return;
         }
+    }
+}
+
+/// See [`super::reach`].
+pub(super) async fn reach(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> Result<String, String> {
+    let known = async { Link::connect(config, files).await?.has_consumer(config).await };
+    match known.await {
+        Ok(true) => Ok(format!("stream {} and consumer {} are there", config.stream, config.consumer)),
+        Ok(false) => Ok(format!("stream {} is there, consumer {} will be made", config.stream, config.consumer)),
+        Err(error) => Err(format!("{error:#}")),
     }
 }
 

@@ -8,6 +8,7 @@ mod config;
 mod link;
 
 use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -65,6 +66,19 @@ pub async fn run(config: Config, around: Surroundings) {
         if source.given_up() {
             return;
         }
+    }
+}
+
+/// See [`super::reach`].
+pub(super) async fn reach(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> Result<String, String> {
+    let last = async {
+        let mut link = Link::connect(config, config.consumer(), files).await?;
+        anyhow::Ok(link.last_generated().await?)
+    };
+    match last.await {
+        Ok(Some(last)) => Ok(format!("stream {} is there, its last entry is {last}", config.stream)),
+        Ok(None) => Ok(format!("stream {} does not exist yet: it is made with its group", config.stream)),
+        Err(error) => Err(link::explain(&error)),
     }
 }
 
