@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
-pub use self::server::{serve, take_inherited};
+pub use self::server::{Inherited, serve, take_inherited};
 use self::token::Tokens;
 use super::spool::Spool;
 use super::{Config as SourceConfig, Entry, State, Surroundings, Template};
@@ -196,7 +196,10 @@ impl Door {
             );
             return;
         }
-        self.config.store(Arc::new(config.clone()));
+        let before = self.config.swap(Arc::new(config.clone()));
+        if (&before.username, &before.password_file) != (&config.username, &config.password_file) {
+            self.tokens.end_all();
+        }
         if !config.has_tls() {
             self.acceptor.store(None);
         } else if self.address().is_some()
@@ -296,6 +299,26 @@ mod tests {
         let local = door(&server("127.0.0.1:5009", true));
         local.reconfigure(&server("127.0.0.1:5009", false), &[]);
         assert!(!local.config.load().is_guarded());
+    }
+
+    #[test]
+    fn e3_tokens_of_a_time_without_an_account_or_of_another_one_are_worth_nothing_after_the_reload() {
+        let metrics = Metrics::new();
+        let (intake, _outlet) = queue::queue(1, &metrics);
+        let (spool, _inbox) = Spool::new(&spool::Config::default(), intake, metrics.clone());
+        let open = server("127.0.0.1:5009", false);
+        let door = Door::new(&open, Arc::new(Path::to_owned), spool, metrics, 1);
+        let now = jiff::Timestamp::now();
+        // Anybody gets one for any name, as long as nobody is asked for a password.
+        let token = door.tokens.issue("cameras", now);
+        door.reconfigure(&open, &[]);
+        assert_eq!(door.tokens.user(&token, now).as_deref(), Some("cameras"), "nothing changed");
+        let guarded = server("127.0.0.1:5009", true);
+        door.reconfigure(&guarded, &[]);
+        assert_eq!(door.tokens.user(&token, now), None);
+        let token = door.tokens.issue("cameras", now);
+        door.reconfigure(&Server { password_file: Some("another".into()), ..guarded }, &[]);
+        assert_eq!(door.tokens.user(&token, now), None);
     }
 
     #[test]
