@@ -649,6 +649,35 @@ fn a_socket_of_systemds_is_served() {
 }
 
 #[test]
+fn each_detector_of_a_pushed_family_is_up_while_it_can_be_pushed_and_has_its_silence_alarm() {
+    let engine = Engine::start();
+    let site = site(&engine, "").detector("Dropped", "UTC", "");
+    let mut daemon = site.run();
+    let text = fs::read_to_string(site.config()).unwrap();
+    let reload = |text: &str| {
+        fs::write(site.config(), text).unwrap();
+        let reload = site.command(&["reload"]).output().unwrap();
+        assert!(reload.status.success(), "{}", String::from_utf8_lossy(&reload.stderr));
+    };
+    let shows = |daemon: &Daemon<'_>, up: i64, alarm: i64| {
+        eventually(&format!("up is {up} and the alarm {alarm}"), PATIENCE, || {
+            let samples = daemon.metrics();
+            let of = |what: &str| samples.count(&format!("framegate_detector_{what}"), "detector=\"Yard\"");
+            (of("up") == up && of("silence_alarm_seconds") == alarm).then_some(())
+        });
+    };
+    reload(&text.replace("push = {}", "push = {}\nsilence_alarm = \"1h\""));
+    accepted(&push(&site, &image(1), "Yard"));
+    shows(&daemon, 1, 3600);
+    daemon.idle(PATIENCE);
+    shows(&daemon, 1, 3600);
+    let without = text.replace("name = \"{detectorName}\"\ntime_zone = \"America/New_York\"\npush = {}", "");
+    assert_ne!(text, without);
+    reload(&without.replace("[[detectors]]\n\n", ""));
+    shows(&daemon, 0, 0);
+}
+
+#[test]
 fn what_the_spool_holds_is_published_after_its_entries_are_gone() {
     let engine = Engine::start();
     let site = site(&engine, "").detector("Dropped", "UTC", "");
