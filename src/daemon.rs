@@ -624,27 +624,42 @@ impl Shared {
         for (reason, count) in self.metrics.detectors().iter().flat_map(|detector| detector.dead_lettered_by_reason()) {
             *dead_lettered.entry(reason).or_default() += count;
         }
-        let row = |detector: DetectorStatus| page::Row {
-            hour: self.history.hour(&detector.name),
-            name: detector.name,
-            up: detector.counts.up,
-            silent: detector.counts.silent,
-            rate: detector.rate,
-            delivery: detector.delivery_ms.map(|ms| Duration::from_secs_f64(ms / 1e3)),
-            pending: detector.counts.pending,
-            last_frame: detector.counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
-            published: detector.counts.published,
-        };
         let held = |source: &SourceStatus| Some((source.name.clone(), source.place.clone(), source.held.clone()?));
+        let Queues { spool, .. } = self.queues();
         page::Shown {
             version: status.version,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             uptime: self.started.elapsed(),
             now: Timestamp::now(),
             engine: status.engine,
             held: status.sources.iter().filter_map(held).collect(),
-            detectors: status.detectors.into_iter().map(row).collect(),
+            detectors: self.metrics.detectors().iter().map(|detector| self.row(detector)).collect(),
+            spool: spool.map(|_| (status.spool_frames, status.spool_bytes)),
             dead_letters: (status.dead_letters, status.dead_letter_bytes),
             dead_lettered: dead_lettered.into_iter().collect(),
+        }
+    }
+
+    /// A detector's row on the status page.
+    fn row(&self, detector: &DetectorMetrics) -> page::Row {
+        let (counts, now) = (detector.counts(), self.history.now(&detector.name));
+        page::Row {
+            name: detector.name.to_string(),
+            condition: match (detector.is_served(), counts.up, counts.silent) {
+                (true, false, _) => page::Condition::Held,
+                (true, true, true) => page::Condition::Silent,
+                (true, true, false) => page::Condition::Well,
+                // Frames wait in the spool for a detector that has not been heard of since the start.
+                (false, _, _) if counts.pending > 0 => page::Condition::Well,
+                (false, _, _) => page::Condition::Gone,
+            },
+            alarm: detector.alarm(),
+            rate: now.rate,
+            delivery: now.delivery,
+            pending: counts.pending,
+            last_frame: counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
+            published: counts.published,
+            hour: self.history.hour(&detector.name),
         }
     }
 

@@ -450,6 +450,16 @@ impl DetectorMetrics {
         Serving(self.clone())
     }
 
+    /// Whether a source serves the detector now. One whose entry a reload took away has nothing but its counts left.
+    pub fn is_served(&self) -> bool {
+        self.served_by().sources > 0
+    }
+
+    /// The alarm of the entry that serves it.
+    pub fn alarm(&self) -> Option<Duration> {
+        self.served_by().alarm
+    }
+
     /// Longer than its alarm without a frame.
     fn is_silent(&self) -> bool {
         let served = self.served_by();
