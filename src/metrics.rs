@@ -281,6 +281,39 @@ pub struct DetectorCounts {
     pub last_frame_ms: Option<i64>,
 }
 
+/// How a detector is, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Condition {
+    /// Its source cannot deliver.
+    Held,
+    /// Longer than its `silence_alarm` without a frame.
+    Silent,
+    /// Neither.
+    Well,
+}
+
+impl Condition {
+    /// In a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Condition::Held => "held",
+            Condition::Silent => "silent",
+            Condition::Well => "well",
+        }
+    }
+}
+
+impl DetectorCounts {
+    /// How the detector is.
+    pub fn condition(&self) -> Condition {
+        match (self.up, self.silent) {
+            (false, _) => Condition::Held,
+            (true, true) => Condition::Silent,
+            (true, false) => Condition::Well,
+        }
+    }
+}
+
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
     received: [Counter; SourceKind::ALL.len()],

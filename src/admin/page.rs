@@ -182,7 +182,7 @@ fn engine(shown: &Shown) -> Markup {
         h2 { "Engine" }
         div class=(class) {
             p { strong { span aria-hidden="true" { (sign) " " } (engine.state.as_str()) } " for " (ago(shown.now, engine.since)) }
-            p { (meaning(engine.state)) }
+            p { (engine.state.meaning()) }
             @if paused {
                 dl {
                     @if !engine.reason.is_empty() { dt { "What was seen" } dd { (engine.reason) } }
@@ -192,19 +192,6 @@ fn engine(shown: &Shown) -> Markup {
             @if engine.insecure { p.is-bad { "Its certificate is not verified: " code { "danger_accept_invalid_certs" } " is on." } }
             p.dim { (terms(shown)) }
         }
-    }
-}
-
-fn meaning(state: State) -> &'static str {
-    match state {
-        State::Open => "Frames are published.",
-        State::Unreachable => "Nobody answers. Frames are kept; publishing goes on by itself.",
-        State::Credentials => "The login is refused. Frames are kept; it is tried again by itself.",
-        State::Forbidden => "The engine's user may not publish. Frames are kept.",
-        State::Rejecting => "The engine refuses every frame. Frames are kept.",
-        State::UnexpectedAnswer => "Somebody else answers in the engine's place. Frames are kept; none is sent there.",
-        State::Throttled => "The engine asked for a pause. Frames are kept; publishing goes on by itself.",
-        State::Failing => "The engine has errors of its own. Frames are kept; publishing goes on by itself.",
     }
 }
 
@@ -424,7 +411,8 @@ fn why(reason: Reason) -> &'static str {
     }
 }
 
-fn number(rate: f64) -> String {
+/// A rate, with a decimal where that says something.
+pub fn number(rate: f64) -> String {
     if rate >= 100.0 || rate == 0.0 { format!("{rate:.0}") } else { format!("{rate:.1}") }
 }
 
@@ -442,17 +430,18 @@ fn whole(n: impl Into<i128>) -> String {
 }
 
 /// How long until nothing waits, if it goes on like this and nothing more comes.
-fn caught_up(pending: i64, rate: f64) -> Option<String> {
+pub fn caught_up(pending: i64, rate: f64) -> Option<String> {
     let waits = pending > 0 && rate >= 0.05;
     waits.then(|| format!("about {} at this pace", span(Duration::from_secs_f64((pending as f64 / rate).min(1e9)))))
 }
 
-fn ago(now: Timestamp, then: Timestamp) -> String {
+/// How long before `now`, in its largest unit; nothing is before it that is after it.
+pub fn ago(now: Timestamp, then: Timestamp) -> String {
     span(Duration::try_from(now.duration_since(then)).unwrap_or_default())
 }
 
 /// In its largest unit, for people.
-fn span(time: Duration) -> String {
+pub fn span(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
         0 if time.is_zero() => "0 s".into(),
