@@ -24,6 +24,7 @@ use tokio_rustls::TlsAcceptor;
 
 pub use self::server::{serve, take_inherited};
 use self::token::Tokens;
+use super::message;
 use super::spool::Spool;
 use super::{Config as SourceConfig, Entry, State, Surroundings, Template};
 use crate::metrics::Metrics;
@@ -32,8 +33,6 @@ use crate::metrics::Metrics;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Bytes of requests in memory at once, unless two of the largest need more; who sends beyond is answered 429.
 const BODIES_BYTES_MAX: u64 = 64 << 20;
-/// Bytes around the base64 of a pushed image: names, zone, time, and some white space.
-const AROUND_BYTES_MAX: u64 = 64 << 10;
 
 /// `[detectors.push]`: nothing of its own; where to listen is said in `[push]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -159,7 +158,7 @@ struct Route {
 impl Door {
     /// A door that nobody has opened: [`serve`] does.
     pub fn new(config: &Server, files: Files, spool: Arc<Spool>, metrics: Arc<Metrics>, max_frame: u64) -> Arc<Self> {
-        let largest = request_bytes_max(max_frame);
+        let largest = message::bytes_max(max_frame);
         let memory = BODIES_BYTES_MAX.max(2 * largest) >> 10;
         Arc::new(Self {
             config: ArcSwap::from_pointee(config.clone()),
@@ -225,11 +224,6 @@ impl Door {
         *self.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
     }
-}
-
-/// Bytes of the largest request.
-fn request_bytes_max(max_frame: u64) -> u64 {
-    max_frame.div_ceil(3) * 4 + AROUND_BYTES_MAX
 }
 
 impl fmt::Debug for Door {
