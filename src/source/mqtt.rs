@@ -33,8 +33,9 @@ use crate::metrics::{DetectorMetrics, Serving};
 use crate::settle::{Reason, Refusal};
 
 /// Messages that are on their way into the spool, and so not acknowledged. A broker of MQTT 5 is told; where one sends
-/// more, nothing is read until there is room.
-const HELD_MAX: u16 = 256;
+/// more, nothing is read until there is room. After a crash as many may come again; and with them on their way it takes a
+/// sync of more than 10 ms to be slower than 6,000 frames a second.
+const HELD_MAX: u16 = 64;
 /// Bytes of them, and one message: beyond, nothing is read until there is room.
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// Messages whose acknowledgement may not have reached the broker: it has at most those of its window.

@@ -287,6 +287,7 @@ pub struct Mosquitto(pub Server);
 
 /// What it writes its sessions and messages to.
 const MOSQUITTO_DB: &str = "mosquitto.db";
+const MOSQUITTO_LOG: &str = "mosquitto.log";
 /// Messages of the test's own client that are on their way at once: no more than mosquitto takes.
 const MQTT_WINDOW: usize = 10;
 
@@ -303,7 +304,7 @@ impl Mosquitto {
             let file = dir.join("mosquitto.conf");
             // Started as root, it would become another user, who may not write here.
             let config = format!(
-                "user root\nlistener {port} 127.0.0.1\npersistence true\npersistence_location {}/\nsys_interval 1\n{lines}\n",
+                "user root\nlistener {port} 127.0.0.1\npersistence true\npersistence_location {0}/\nsys_interval 1\nlog_dest file {0}/{MOSQUITTO_LOG}\nlog_type all\n{lines}\n",
                 dir.display()
             );
             std::fs::write(&file, config).expect("the configuration can be written");
@@ -347,6 +348,16 @@ impl Mosquitto {
         let topic = format!("$SYS/broker/{of}");
         let output = self.subscribe(&["-t", &topic, "-C", "1", "-W", "10"]);
         String::from_utf8_lossy(&output.stdout).trim().parse().unwrap_or_else(|_| panic!("{topic}: {output:?}"))
+    }
+
+    /// Waits until the broker has heard everything that a client had to say before it went.
+    #[track_caller]
+    pub fn until_gone(&self, client_id: &str) {
+        eventually(&format!("{client_id} is gone"), PATIENCE, || {
+            let log = std::fs::read_to_string(self.0.dir().join(MOSQUITTO_LOG)).ok()?;
+            let last = log.lines().rev().find(|line| line.contains(client_id))?;
+            (last.contains("disconnected") || last.contains("closed its connection")).then_some(())
+        });
     }
 
     pub fn client(&self) -> MqttClient {
