@@ -281,9 +281,11 @@ fn figures(model: &Model) -> Vec<(&'static str, String)> {
         ),
         ("memory", format!("{part} % of {}", bytes(status.memory_budget_bytes))),
     ];
-    let until = caught_up(pending, rate);
-    if status.engine.state == State::Open && !until.is_empty() && pending as f64 > rate * CAUGHT_UP_TOLD {
-        // Behind what it follows from.
+    // Told behind what it follows from.
+    if let Some(until) = caught_up(pending, rate)
+        && status.engine.state == State::Open
+        && pending as f64 > rate * CAUGHT_UP_TOLD
+    {
         figures.insert(2, ("caught up in", until));
     }
     if status.spool_frames > 0 || status.spool_max_bytes > 0 {
