@@ -169,6 +169,17 @@ impl Config {
         }
     }
 
+    /// Connects to where frames come from, takes nothing, and says what stands in the way; `None`: there is nothing to
+    /// connect to.
+    pub async fn reach(&self, files: &Files<'_>) -> Option<anyhow::Result<()>> {
+        match self {
+            Config::Directory(_) | Config::Push(_) => None,
+            Config::Redis(config) => Some(redis::reach(config, files).await),
+            Config::Nats(config) => Some(nats::reach(config, files).await),
+            Config::Mqtt(config) => Some(mqtt::reach(config, files).await),
+        }
+    }
+
     /// What two entries may not share, and what would come of it.
     pub fn shared(&self) -> Option<(String, Fault)> {
         let messages = || {
@@ -187,6 +198,9 @@ impl Config {
         }
     }
 }
+
+/// Where secret and CA files are now.
+pub type Files<'a> = dyn Fn(&Path) -> PathBuf + Send + Sync + 'a;
 
 /// What a source of messages works with.
 pub struct Surroundings {
@@ -207,7 +221,7 @@ pub struct Surroundings {
     /// The push server; there if `[push]` says where to listen.
     pub push: Option<Arc<push::Door>>,
     /// Where its secret and CA files are now; asked again at each connection, since files may change.
-    pub files: Arc<dyn Fn(&Path) -> PathBuf + Send + Sync>,
+    pub files: Arc<Files<'static>>,
     /// Cancelled: take nothing more, settle what is in hand, give the rest back, and return.
     pub stop: CancellationToken,
 }

@@ -706,3 +706,26 @@ fn check_says_what_it_would_connect_to() {
         assert!(said.contains(part), "{part}\n{said}");
     }
 }
+
+#[test]
+fn doctor_says_whether_the_broker_lets_us_in_and_leaves_the_session_alone() {
+    let mut broker = mosquitto!("doctor_says_whether_the_broker_lets_us_in");
+    let engine = Engine::start();
+    let site = site(&engine, &broker);
+    let mut daemon = site.run();
+    let doctor = || {
+        let output = site.command(&["doctor", "--user", "root"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let well = format!("ok    detector {{topic.1}}: {} topic frigate/+/person/snapshot: it lets us in", broker.url());
+    assert!(doctor().contains(&well), "{}", doctor());
+    let written = add_faces(&broker, 0..5);
+    engine.until_accepted(5);
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+    assert!(!site.log().contains("held"), "nobody threw us out");
+    broker.0.kill();
+    let said = doctor();
+    assert!(said.contains("fail  detector {topic.1}") && said.contains("cannot connect"), "{said}");
+    assert!(said.contains("is mqtt.url right"), "{said}");
+}

@@ -6,6 +6,7 @@
 mod directories;
 mod engine;
 mod machine;
+mod queues;
 
 use std::io::{self, IsTerminal as _};
 use std::path::Path;
@@ -142,7 +143,10 @@ fn look(config: &Path) -> anyhow::Result<Vec<Line>> {
     configuration(config, &loaded, &mut lines);
     machine::look(&loaded.settings, &mut lines);
     directories::look(&loaded.settings, &mut lines);
-    super::runtime()?.block_on(engine::look(&loaded.settings, &mut lines));
+    super::runtime()?.block_on(async {
+        queues::look(&loaded.settings, &mut lines).await;
+        engine::look(&loaded.settings, &mut lines).await;
+    });
     daemon(&loaded, &mut lines);
     Ok(lines)
 }
@@ -181,7 +185,7 @@ fn daemon(loaded: &Loaded, lines: &mut Vec<Line>) {
             lines.push(Line::fail(
                 format!("detector {}", source.name),
                 why,
-                "mend what is said above about its directory",
+                "mend what is said above about its directory or broker",
             ));
         }
     }

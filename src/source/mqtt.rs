@@ -11,7 +11,6 @@ mod link;
 mod wire;
 
 use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,7 +27,7 @@ use self::wire::{Came, Greeting, Publish};
 use super::message;
 use super::reconnect::Backoff;
 use super::spool::{Arrival, Refused, Spool};
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::metrics::{DetectorMetrics, Serving};
 
 /// Messages that are on their way into the spool, and so not acknowledged. A broker of MQTT 5 is told; where one sends
@@ -79,7 +78,7 @@ pub async fn run(config: Config, around: Surroundings) {
 }
 
 /// Connects beside whoever is connected already, takes nothing, and says what stands in the way.
-pub async fn reach(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> anyhow::Result<()> {
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<()> {
     let client_id = format!("{}-doctor", config.client_id());
     let purpose = Purpose { client_id: &client_id, session: None, payload_max: 0 };
     let (link, _) = Link::connect(config, purpose, files).await?;

@@ -22,7 +22,7 @@ pub use self::config::Config;
 use self::link::{Came, Link, Reply};
 use super::inbox::{Inbox, Message, News, Verdict};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::Disposition;
 
@@ -63,6 +63,11 @@ pub async fn run(config: Config, around: Surroundings) {
             return;
         }
     }
+}
+
+/// Connects, takes nothing, and says what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<()> {
+    Link::connect(config, files).await.map(drop)
 }
 
 struct Source {

@@ -20,7 +20,7 @@ pub use self::config::Config;
 use self::link::{EntryId, Link, PendingRow, StreamEntry, Touch, Whose};
 use super::inbox::{Inbox, Message, News, Verdict, refusal};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::{Disposition, Reason};
 
@@ -85,6 +85,11 @@ impl Drop for Turn {
 
 fn served() -> MutexGuard<'static, BTreeSet<String>> {
     SERVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Connects, takes nothing, and says what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<()> {
+    Link::connect(config, config.consumer(), files).await.map(drop)
 }
 
 struct Source {

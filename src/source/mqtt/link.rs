@@ -3,7 +3,6 @@
 //! Nothing in here waits for the spool: while nobody listens, what there is to say is said all the same.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,14 +20,12 @@ use tokio_rustls::TlsConnector;
 use super::Config;
 use super::wire::{self, Came, Framing, Greeting, Login, Packet, Version};
 use crate::secret::Secret;
+use crate::source::Files;
 
 /// Connecting, TLS and the login included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For the last acknowledgements and the farewell.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Where secret and CA files are now.
-type Files<'a> = dyn Fn(&Path) -> PathBuf + Send + Sync + 'a;
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
