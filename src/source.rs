@@ -169,6 +169,17 @@ impl Config {
         }
     }
 
+    /// Connects to where frames come from, takes and makes nothing, and says what there is, or what stands in the way;
+    /// `None`: there is nothing to connect to.
+    pub async fn reach(&self, files: &Files<'_>) -> Option<anyhow::Result<String>> {
+        match self {
+            Config::Directory(_) | Config::Push(_) => None,
+            Config::Redis(config) => Some(redis::reach(config, files).await),
+            Config::Nats(config) => Some(nats::reach(config, files).await),
+            Config::Mqtt(config) => Some(mqtt::reach(config, files).await),
+        }
+    }
+
     /// What two entries may not share, and what would come of it.
     pub fn shared(&self) -> Option<(String, Fault)> {
         let messages = || {
@@ -187,6 +198,9 @@ impl Config {
         }
     }
 }
+
+/// Where secret and CA files are now.
+pub type Files<'a> = dyn Fn(&Path) -> PathBuf + Send + Sync + 'a;
 
 /// What a source of messages works with.
 pub struct Surroundings {
@@ -207,7 +221,7 @@ pub struct Surroundings {
     /// The push server; there if `[push]` says where to listen.
     pub push: Option<Arc<push::Door>>,
     /// Where its secret and CA files are now; asked again at each connection, since files may change.
-    pub files: Arc<dyn Fn(&Path) -> PathBuf + Send + Sync>,
+    pub files: Arc<Files<'static>>,
     /// Cancelled: take nothing more, settle what is in hand, give the rest back, and return.
     pub stop: CancellationToken,
 }
@@ -370,16 +384,6 @@ pub async fn serve(around: Surroundings) {
         Config::Redis(config) => redis::run(config, around).await,
         Config::Nats(config) => nats::run(config, around).await,
         Config::Mqtt(config) => mqtt::run(config, around).await,
-    }
-}
-
-/// Connects to an entry's broker as its source does, with its account, and looks whether what it reads is there; changes
-/// nothing. `None`: it has no broker. For `framegate doctor`.
-pub async fn reach(entry: &Entry, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> Option<Result<String, String>> {
-    match &entry.source {
-        Config::Directory(_) | Config::Push(_) => None,
-        Config::Redis(config) => Some(redis::reach(config, files).await),
-        Config::Nats(config) => Some(nats::reach(config, files).await),
     }
 }
 

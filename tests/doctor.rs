@@ -181,12 +181,12 @@ fn brokers_are_reached_with_their_accounts_and_nothing_is_made_there() {
     let site = Site::new(&engine.base_url()).fed("Stream", "UTC", &one).fed("Subject", "UTC", &two);
     site.write_config();
     let (lines, _) = doctor(&site);
-    is(&lines, "detector Stream", "does not exist yet", "ok", "");
-    is(&lines, "detector Subject", "there is no stream FRAMES: create it", "fail", "does the broker run");
+    is(&lines, "detector Stream", "the stream will be made", "ok", "");
+    is(&lines, "detector Subject", "there is no stream FRAMES: create it", "fail", "is nats.url right");
     nats.make_stream();
     redis.add(&["detectorName", "Door"], &support::engine::image(1));
     let (lines, _) = doctor(&site);
-    is(&lines, "detector Stream", "stream frames is there, its last entry is", "ok", "");
+    is(&lines, "detector Stream", "the last entry of its stream is", "ok", "");
     is(&lines, "detector Subject", "consumer framegate will be made", "ok", "");
     assert!(nats.consumer().is_none(), "looking makes nothing");
     assert_eq!(redis.cli(&["XINFO", "GROUPS", "frames"]), "", "looking makes nothing");

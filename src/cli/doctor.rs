@@ -3,10 +3,10 @@
 //! It changes nothing and publishes nothing; at the engine it logs in once. What is looked at is in the files below; this one
 //! says in which order, as which user, and how it is told.
 
-mod brokers;
 mod directories;
 mod engine;
 mod machine;
+mod queues;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -151,8 +151,8 @@ fn look(config: &Path, stored: &[PathBuf]) -> anyhow::Result<Vec<Line>> {
     machine::look(&loaded.settings, &mut lines);
     directories::look(&loaded.settings, &mut lines);
     super::runtime()?.block_on(async {
+        queues::look(&loaded.settings, &mut lines).await;
         engine::look(&loaded.settings, stored, &mut lines).await;
-        brokers::look(&loaded.settings, &mut lines).await;
     });
     daemon(&loaded, &mut lines);
     Ok(lines)

@@ -7,7 +7,6 @@ mod config;
 mod link;
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::bail;
@@ -23,7 +22,7 @@ pub use self::config::Config;
 use self::link::{Came, Link, Reply};
 use super::inbox::{Inbox, Message, News, Verdict};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::Disposition;
 
@@ -66,14 +65,11 @@ pub async fn run(config: Config, around: Surroundings) {
     }
 }
 
-/// See [`super::reach`].
-pub(super) async fn reach(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> Result<String, String> {
-    let known = async { Link::connect(config, files).await?.has_consumer(config).await };
-    match known.await {
-        Ok(true) => Ok(format!("stream {} and consumer {} are there", config.stream, config.consumer)),
-        Ok(false) => Ok(format!("stream {} is there, consumer {} will be made", config.stream, config.consumer)),
-        Err(error) => Err(format!("{error:#}")),
-    }
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let is_there = Link::connect(config, files).await?.has_consumer(config).await?;
+    let consumer = if is_there { "is there" } else { "will be made" };
+    Ok(format!("it lets us in, its stream is there, consumer {} {consumer}", config.consumer))
 }
 
 struct Source {

@@ -8,7 +8,6 @@ mod config;
 mod link;
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,7 +20,7 @@ pub use self::config::Config;
 use self::link::{EntryId, Link, PendingRow, StreamEntry, Touch, Whose};
 use super::inbox::{Inbox, Message, News, Verdict, refusal};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::{Disposition, Reason};
 
@@ -69,19 +68,6 @@ pub async fn run(config: Config, around: Surroundings) {
     }
 }
 
-/// See [`super::reach`].
-pub(super) async fn reach(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> Result<String, String> {
-    let last = async {
-        let mut link = Link::connect(config, config.consumer(), files).await?;
-        anyhow::Ok(link.last_generated().await?)
-    };
-    match last.await {
-        Ok(Some(last)) => Ok(format!("stream {} is there, its last entry is {last}", config.stream)),
-        Ok(None) => Ok(format!("stream {} does not exist yet: it is made with its group", config.stream)),
-        Err(error) => Err(link::explain(&error)),
-    }
-}
-
 /// The right to serve a consumer in this process.
 struct Turn(String);
 
@@ -99,6 +85,19 @@ impl Drop for Turn {
 
 fn served() -> MutexGuard<'static, BTreeSet<String>> {
     SERVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let looked = async {
+        let mut link = Link::connect(config, config.consumer(), files).await?;
+        anyhow::Ok(link.last_generated().await?)
+    };
+    match looked.await {
+        Ok(Some(last)) => Ok(format!("it lets us in, the last entry of its stream is {last}")),
+        Ok(None) => Ok("it lets us in, the stream will be made with its group".into()),
+        Err(error) => Err(anyhow::anyhow!(link::explain(&error))),
+    }
 }
 
 struct Source {

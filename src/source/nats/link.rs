@@ -2,7 +2,7 @@
 //!
 //! Pulls are requested by hand on one subscription: so their bounds follow the room there is, and silence is noticed.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::Config;
 use crate::secret::Secret;
+use crate::source::Files;
 
 /// Connecting, TLS and the login included, to one of the servers.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -112,10 +113,7 @@ type Said = Arc<Mutex<Option<String>>>;
 
 impl Link {
     /// Connects to one of the servers; reads the secrets and the CA anew.
-    pub(super) async fn connect(
-        config: &Config,
-        files: &(dyn Fn(&Path) -> PathBuf + Send + Sync),
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn connect(config: &Config, files: &Files<'_>) -> anyhow::Result<Self> {
         let (end, ends) = channel(EVENTS_MAX);
         let said = Said::default();
         let heard = said.clone();
@@ -297,7 +295,7 @@ impl Link {
     }
 }
 
-fn options(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> anyhow::Result<ConnectOptions> {
+fn options(config: &Config, files: &Files<'_>) -> anyhow::Result<ConnectOptions> {
     let secret = |file: &Option<PathBuf>| file.as_deref().map(|file| Secret::read(&files(file))).transpose();
     let mut options = ConnectOptions::new()
         .name("framegate")
