@@ -95,6 +95,7 @@ struct Shared {
     started: Instant,
     sources: Mutex<Vec<(Arc<Entry>, Health)>>,
     history: History,
+    memory: queue::Meter,
     watchdog: Arc<Watchdog>,
     queues: Mutex<Queues>,
 }
@@ -132,6 +133,14 @@ pub struct Status {
     pub spool_frames: u64,
     #[serde(default)]
     pub spool_bytes: u64,
+    /// `spool.max_size`; 0 where there is no spool.
+    #[serde(default)]
+    pub spool_max_bytes: u64,
+    /// Bytes that frames in hand take, and those that they may take.
+    #[serde(default)]
+    pub memory_in_use_bytes: u64,
+    #[serde(default)]
+    pub memory_budget_bytes: u64,
     /// Where frames can be pushed; `null` while they cannot.
     #[serde(default)]
     pub push: Option<String>,
@@ -157,6 +166,9 @@ pub struct DetectorStatus {
     pub rate: f64,
     /// Mean way from noticed to accepted of the last frames, milliseconds.
     pub delivery_ms: Option<f64>,
+    /// The longest way of the last half a minute to a minute, milliseconds.
+    #[serde(default)]
+    pub delivery_max_ms: Option<f64>,
     pub counts: DetectorCounts,
 }
 
@@ -190,6 +202,7 @@ impl Daemon {
             started: Instant::now(),
             sources: Mutex::default(),
             history: History::default(),
+            memory: intake.meter(),
             watchdog: watchdog.clone(),
             queues: Mutex::default(),
         });
@@ -586,7 +599,8 @@ impl Shared {
         let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         let Queues { spool, push } = self.queues();
-        let (spool_frames, spool_bytes) = spool.map_or((0, 0), |spool| spool.totals());
+        let (spool_frames, spool_bytes) = spool.as_ref().map_or((0, 0), |spool| spool.totals());
+        let (memory_in_use_bytes, memory_budget_bytes) = self.memory.bytes();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -599,16 +613,21 @@ impl Shared {
             dead_letter_bytes,
             spool_frames,
             spool_bytes,
+            spool_max_bytes: spool.map_or(0, |spool| spool.max_bytes()),
+            memory_in_use_bytes,
+            memory_budget_bytes,
             push: push.and_then(|door| door.address()),
         }
     }
 
     fn detector_status(&self, detector: &DetectorMetrics) -> DetectorStatus {
         let now = self.history.now(&detector.name);
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
         DetectorStatus {
             name: detector.name.to_string(),
             rate: now.rate,
-            delivery_ms: now.delivery.map(|time| time.as_secs_f64() * 1e3),
+            delivery_ms: now.delivery.map(millis),
+            delivery_max_ms: now.delivery_max.map(millis),
             counts: detector.counts(),
         }
     }
@@ -624,27 +643,42 @@ impl Shared {
         for (reason, count) in self.metrics.detectors().iter().flat_map(|detector| detector.dead_lettered_by_reason()) {
             *dead_lettered.entry(reason).or_default() += count;
         }
-        let row = |detector: DetectorStatus| page::Row {
-            hour: self.history.hour(&detector.name),
-            name: detector.name,
-            up: detector.counts.up,
-            silent: detector.counts.silent,
-            rate: detector.rate,
-            delivery: detector.delivery_ms.map(|ms| Duration::from_secs_f64(ms / 1e3)),
-            pending: detector.counts.pending,
-            last_frame: detector.counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
-            published: detector.counts.published,
-        };
         let held = |source: &SourceStatus| Some((source.name.clone(), source.place.clone(), source.held.clone()?));
+        let Queues { spool, .. } = self.queues();
         page::Shown {
             version: status.version,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             uptime: self.started.elapsed(),
             now: Timestamp::now(),
             engine: status.engine,
             held: status.sources.iter().filter_map(held).collect(),
-            detectors: status.detectors.into_iter().map(row).collect(),
+            detectors: self.metrics.detectors().iter().map(|detector| self.row(detector)).collect(),
+            spool: spool.map(|_| (status.spool_frames, status.spool_bytes)),
             dead_letters: (status.dead_letters, status.dead_letter_bytes),
             dead_lettered: dead_lettered.into_iter().collect(),
+        }
+    }
+
+    /// A detector's row on the status page.
+    fn row(&self, detector: &DetectorMetrics) -> page::Row {
+        let (counts, now) = (detector.counts(), self.history.now(&detector.name));
+        page::Row {
+            name: detector.name.to_string(),
+            condition: match (detector.is_served(), counts.up, counts.silent) {
+                (true, false, _) => page::Condition::Held,
+                (true, true, true) => page::Condition::Silent,
+                (true, true, false) => page::Condition::Well,
+                // Frames wait in the spool for a detector that has not been heard of since the start.
+                (false, _, _) if counts.pending > 0 => page::Condition::Well,
+                (false, _, _) => page::Condition::Gone,
+            },
+            alarm: detector.alarm(),
+            rate: now.rate,
+            delivery: now.delivery,
+            pending: counts.pending,
+            last_frame: counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
+            published: counts.published,
+            hour: self.history.hour(&detector.name),
         }
     }
 
