@@ -35,6 +35,8 @@ const DRAW_EVERY: Duration = Duration::from_millis(200);
 const STOP_LOOK_EVERY: Duration = Duration::from_millis(50);
 /// While frames wait, without progress for this long, the demo gives up and says what is missing.
 const STALLED_AFTER: Duration = Duration::from_mins(1);
+const DELIVERY_SUM: &str = "framegate_frame_delivery_seconds_sum";
+const DELIVERY_COUNT: &str = "framegate_frame_delivery_seconds_count";
 /// Frames that one run may ask for: they are files in the temporary directory until they are published.
 const FRAMES_MAX: u64 = 1_000_000;
 
@@ -226,6 +228,7 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
     let mut bars: Vec<ProgressBar> = Vec::new();
     let mut every = tokio::time::interval(DRAW_EVERY);
     let (mut before, mut moved) = (0, Instant::now());
+    let mut latency = Latency::default();
     loop {
         every.tick().await;
         let detectors = metrics.detectors();
@@ -237,7 +240,8 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
             (before, moved) = (settled, Instant::now());
         }
         all.set_position(settled);
-        all.set_message(format!("{rate:.0} frames/s, {waiting} waiting"));
+        let latency = latency.look(&metrics.render());
+        all.set_message(format!("{rate:.0} frames/s, {:.1} ms, {waiting} waiting", latency * 1e3));
         for (n, (detector, count)) in detectors.iter().zip(&counts).enumerate() {
             if bars.len() <= n {
                 bars.push(display.add(ProgressBar::new_spinner().with_style(style("  {msg}"))));
@@ -253,6 +257,26 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
             bars.iter().for_each(ProgressBar::abandon);
             return if stalled { End::Stalled } else { End::Settled };
         }
+    }
+}
+
+/// From noticed to accepted, of late.
+#[derive(Default)]
+struct Latency {
+    /// Seconds and frames of all so far.
+    sum: f64,
+    count: f64,
+    /// Seconds, the mean of the last that came.
+    mean: f64,
+}
+
+impl Latency {
+    fn look(&mut self, metrics: &str) -> f64 {
+        let (sum, count) = (series_sum(metrics, DELIVERY_SUM), series_sum(metrics, DELIVERY_COUNT));
+        if count > self.count {
+            *self = Self { sum, count, mean: (sum - self.sum) / (count - self.count) };
+        }
+        self.mean
     }
 }
 
@@ -278,7 +302,8 @@ fn finish(
     for detector in &status.detectors {
         writeln!(text, "  {:<12} {:>8} published", detector.name, detector.counts.published)?;
     }
-    if let Some(mean) = mean(metrics, "framegate_frame_delivery_seconds") {
+    if published > 0 {
+        let mean = Latency::default().look(metrics);
         writeln!(text, "  {:.1} ms from noticed to accepted on average", mean * 1e3)?;
     }
     writeln!(text, "  {attempts:.0} attempts, {:.0} of them repeated", (attempts - published as f64).max(0.0))?;
@@ -306,11 +331,6 @@ fn series_sum(metrics: &str, name: &str) -> f64 {
     metrics.lines().filter(ours).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
-fn mean(metrics: &str, histogram: &str) -> Option<f64> {
-    let count = series_sum(metrics, &format!("{histogram}_count"));
-    (count > 0.0).then(|| series_sum(metrics, &format!("{histogram}_sum")) / count)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,6 +353,16 @@ mod tests {
             shooting.join().expect("no panic").unwrap();
         });
         assert_eq!(camera.written.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn the_latency_shown_is_that_of_the_frames_that_came_since_the_last_look() {
+        let text = |sum: f64, count: u32| {
+            format!("{DELIVERY_SUM}{{detector=\"A\"}} {sum}\n{DELIVERY_COUNT}{{detector=\"A\"}} {count}\n")
+        };
+        let mut latency = Latency::default();
+        let shown = [text(0.0, 0), text(2.0, 4), text(2.0, 4), text(5.0, 5)].map(|text| latency.look(&text));
+        assert_eq!(shown, [0.0, 0.5, 0.5, 3.0]);
     }
 
     #[tokio::test(start_paused = true)]
