@@ -95,6 +95,7 @@ struct Shared {
     started: Instant,
     sources: Mutex<Vec<(Arc<Entry>, Health)>>,
     history: History,
+    memory: queue::Meter,
     watchdog: Arc<Watchdog>,
     queues: Mutex<Queues>,
 }
@@ -132,6 +133,14 @@ pub struct Status {
     pub spool_frames: u64,
     #[serde(default)]
     pub spool_bytes: u64,
+    /// `spool.max_size`; 0 where there is no spool.
+    #[serde(default)]
+    pub spool_max_bytes: u64,
+    /// Bytes that frames in hand take, and those that they may take.
+    #[serde(default)]
+    pub memory_in_use_bytes: u64,
+    #[serde(default)]
+    pub memory_budget_bytes: u64,
     /// Where frames can be pushed; `null` while they cannot.
     #[serde(default)]
     pub push: Option<String>,
@@ -157,6 +166,9 @@ pub struct DetectorStatus {
     pub rate: f64,
     /// Mean way from noticed to accepted of the last frames, milliseconds.
     pub delivery_ms: Option<f64>,
+    /// The longest way of the last half a minute to a minute, milliseconds.
+    #[serde(default)]
+    pub delivery_max_ms: Option<f64>,
     pub counts: DetectorCounts,
 }
 
@@ -190,6 +202,7 @@ impl Daemon {
             started: Instant::now(),
             sources: Mutex::default(),
             history: History::default(),
+            memory: intake.meter(),
             watchdog: watchdog.clone(),
             queues: Mutex::default(),
         });
@@ -586,7 +599,8 @@ impl Shared {
         let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         let Queues { spool, push } = self.queues();
-        let (spool_frames, spool_bytes) = spool.map_or((0, 0), |spool| spool.totals());
+        let (spool_frames, spool_bytes) = spool.as_ref().map_or((0, 0), |spool| spool.totals());
+        let (memory_in_use_bytes, memory_budget_bytes) = self.memory.bytes();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -599,16 +613,21 @@ impl Shared {
             dead_letter_bytes,
             spool_frames,
             spool_bytes,
+            spool_max_bytes: spool.map_or(0, |spool| spool.max_bytes()),
+            memory_in_use_bytes,
+            memory_budget_bytes,
             push: push.and_then(|door| door.address()),
         }
     }
 
     fn detector_status(&self, detector: &DetectorMetrics) -> DetectorStatus {
         let now = self.history.now(&detector.name);
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
         DetectorStatus {
             name: detector.name.to_string(),
             rate: now.rate,
-            delivery_ms: now.delivery.map(|time| time.as_secs_f64() * 1e3),
+            delivery_ms: now.delivery.map(millis),
+            delivery_max_ms: now.delivery_max.map(millis),
             counts: detector.counts(),
         }
     }

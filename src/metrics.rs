@@ -53,7 +53,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
         "Frames given back to their source when the daemon stopped, the source was removed, or they could not be read.",
     ),
     ("frames_pending", G, "Frames accepted and not yet published, dead-lettered, dropped or returned."),
-    ("frames_refused_total", C, "Entries that were never accepted (a symlink, a FIFO and the like), by reason."),
+    (
+        "frames_refused_total",
+        C,
+        "Entries that were never accepted (a symlink, a FIFO, a retained message and the like), by reason.",
+    ),
     ("frames_in_flight", G, "Frames being posted to the engine right now."),
     ("published_bytes_total", C, "Bytes of the images that the engine accepted."),
     ("publish_attempts_total", C, "Requests to publish, by status code, or timeout, connect, tls or reset."),
@@ -81,6 +85,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ),
     ("detect_times_corrected_total", C, "Detection times that were absurd and replaced by the time of arrival."),
     ("redelivered_total", C, "Messages that a broker delivered again."),
+    ("sessions_lost_total", C, "Times that a broker had forgotten our session, and with it what waited there for us."),
     ("lost_upstream_total", C, "Messages that a broker took away before they were ours: a stream was trimmed."),
     ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
@@ -90,7 +95,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("dead_letters", G, "Dead letters kept."),
     ("dead_letter_bytes", G, "Bytes that the dead letters take."),
     ("dead_letters_purged_total", C, "Dead letters removed to keep the bounds, by reason: age or size."),
-    ("spool_frames", G, "Pushed frames in the spool that are not yet settled."),
+    ("spool_frames", G, "Frames in the spool that are not yet settled."),
     ("spool_bytes", G, "Bytes that the spool takes on disk."),
     ("spool_max_bytes", G, "spool.max_size: bytes that the spool may take."),
     ("spool_syncs_total", C, "Groups of frames that were made durable together."),
@@ -281,6 +286,39 @@ pub struct DetectorCounts {
     pub last_frame_ms: Option<i64>,
 }
 
+/// How a detector is, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Condition {
+    /// Its source cannot deliver.
+    Held,
+    /// Longer than its `silence_alarm` without a frame.
+    Silent,
+    /// Neither.
+    Well,
+}
+
+impl Condition {
+    /// In a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Condition::Held => "held",
+            Condition::Silent => "silent",
+            Condition::Well => "well",
+        }
+    }
+}
+
+impl DetectorCounts {
+    /// How the detector is.
+    pub fn condition(&self) -> Condition {
+        match (self.up, self.silent) {
+            (false, _) => Condition::Held,
+            (true, true) => Condition::Silent,
+            (true, false) => Condition::Well,
+        }
+    }
+}
+
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
     received: [Counter; SourceKind::ALL.len()],
@@ -293,7 +331,7 @@ struct RecorderParts {
 /// The reasons of `frames_dropped_total`.
 pub const DROP_REASONS: [&str; 3] = ["max-age", "vanished", "purged"];
 /// The reasons of `frames_refused_total`.
-pub const REFUSAL_REASONS: [&str; 10] = [
+pub const REFUSAL_REASONS: [&str; 12] = [
     "symlink",
     "fifo",
     "socket",
@@ -304,6 +342,8 @@ pub const REFUSAL_REASONS: [&str; 10] = [
     "other-filesystem",
     "too-large",
     "no-name",
+    "retained",
+    "other-topic",
 ];
 
 /// A source's service of a detector; dropped, the source has left it.

@@ -19,11 +19,12 @@ use support::{Daemon, PATIENCE, Site, eventually, files_below};
 /// What should take moments, but is not worth a test's whole patience.
 const SOON: Duration = Duration::from_secs(15);
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 15] = [
     "run",
     "check",
     "reload",
     "status",
+    "top",
     "doctor",
     "publish",
     "dead-letter",

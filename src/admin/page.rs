@@ -184,7 +184,7 @@ fn engine(shown: &Shown) -> Markup {
         h2 { "Engine" }
         div class=(class) {
             p { strong { span aria-hidden="true" { (sign) " " } (engine.state.as_str()) } " for " (ago(shown.now, engine.since)) }
-            p { (meaning(engine.state)) }
+            p { (engine.state.meaning()) }
             @if paused {
                 dl {
                     @if !engine.reason.is_empty() { dt { "What was seen" } dd { (engine.reason) } }
@@ -194,19 +194,6 @@ fn engine(shown: &Shown) -> Markup {
             @if engine.insecure { p.is-bad { "Its certificate is not verified: " code { "danger_accept_invalid_certs" } " is on." } }
             p.dim { (terms(shown)) }
         }
-    }
-}
-
-fn meaning(state: State) -> &'static str {
-    match state {
-        State::Open => "Frames are published.",
-        State::Unreachable => "Nobody answers. Frames are kept; publishing goes on by itself.",
-        State::Credentials => "The login is refused. Frames are kept; it is tried again by itself.",
-        State::Forbidden => "The engine's user may not publish. Frames are kept.",
-        State::Rejecting => "The engine refuses every frame. Frames are kept.",
-        State::UnexpectedAnswer => "Somebody else answers in the engine's place. Frames are kept; none is sent there.",
-        State::Throttled => "The engine asked for a pause. Frames are kept; publishing goes on by itself.",
-        State::Failing => "The engine has errors of its own. Frames are kept; publishing goes on by itself.",
     }
 }
 
@@ -428,7 +415,8 @@ fn why(reason: Reason) -> &'static str {
     }
 }
 
-fn number(rate: f64) -> String {
+/// A rate, with a decimal where that says something.
+pub fn number(rate: f64) -> String {
     if rate >= 100.0 || rate == 0.0 { format!("{rate:.0}") } else { format!("{rate:.1}") }
 }
 
@@ -446,19 +434,19 @@ fn whole(n: impl Into<i128>) -> String {
 }
 
 /// How long until nothing waits, if it goes on like this and nothing more comes.
-fn caught_up(pending: i64, rate: f64) -> Option<String> {
+pub fn caught_up(pending: i64, rate: f64) -> Option<String> {
     let seconds = if rate < 0.05 { 0.0 } else { pending as f64 / rate };
     let time = Duration::from_secs_f64(seconds.clamp(0.0, 1e9));
     (time >= BACKLOG_LEAST).then(|| format!("about {} at this pace", span(time)))
 }
 
-/// In whole seconds: what is less is a matter of when somebody looked.
-fn ago(now: Timestamp, then: Timestamp) -> String {
+/// How long before `now`, in whole seconds or its largest unit; nothing is before it that is after it.
+pub fn ago(now: Timestamp, then: Timestamp) -> String {
     span(Duration::from_secs(now.duration_since(then).as_secs().try_into().unwrap_or(0)))
 }
 
 /// In its largest unit, for people.
-fn span(time: Duration) -> String {
+pub fn span(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
         0 if time.is_zero() => "0 s".into(),

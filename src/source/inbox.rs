@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::message::{self, Image, Known};
-use super::{Entry, Order, Surroundings, Template, believable};
+use super::{Entry, Order, Surroundings, Template, believable, believed};
 use crate::encode::body;
 use crate::frame::{Detector, Frame, FrameId, SourceKind};
 use crate::metrics::{DetectorMetrics, Metrics, Serving};
@@ -378,13 +378,7 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             let why = format!("{} bytes; `encode.max_frame` is {}", image.len(), self.max_frame);
             flaw = Some(refusal(Reason::TooLarge, why));
         }
-        let detect_time = known.detect_time.filter(|time| {
-            let believed = believable(*time, now);
-            if !believed {
-                self.metrics.counter("detect_times_corrected_total", &[]).increment(1);
-            }
-            believed
-        });
+        let detect_time = believed(known.detect_time, now, &self.metrics);
         let broker_time = if believable(broker_time, now) { broker_time } else { now };
         let line = (
             filled.unwrap_or_else(|| self.entry.name.clone()),

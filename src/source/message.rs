@@ -11,8 +11,15 @@ use serde::de::{Deserializer as _, Error, IgnoredAny, MapAccess, Visitor};
 
 /// The longest detector name, in bytes.
 const NAME_BYTES_MAX: usize = 255;
+/// Bytes around the base64 of an image: names, zone, time, and some white space.
+const AROUND_BYTES_MAX: u64 = 64 << 10;
 /// How much of a wrong value is told, in characters.
 const SHOWN_CHARS_MAX: usize = 60;
+
+/// Bytes of the largest message whose image has at most `max_frame`.
+pub(super) fn bytes_max(max_frame: u64) -> u64 {
+    max_frame.div_ceil(3) * 4 + AROUND_BYTES_MAX
+}
 
 /// What a frame says about itself; what it leaves out, its detector's entry says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -25,6 +25,7 @@ use tokio_rustls::TlsAcceptor;
 
 pub use self::server::{Inherited, serve, take_inherited};
 use self::token::Tokens;
+use super::message;
 use super::spool::Spool;
 use super::{Config as SourceConfig, Entry, State, Surroundings, Template};
 use crate::metrics::{DetectorMetrics, Metrics, Serving};
@@ -35,8 +36,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const BODIES_BYTES_MAX: u64 = 64 << 20;
 /// Detectors of one entry whose state and silence are shown.
 const MEMBERS_MAX: usize = 1000;
-/// Bytes around the base64 of a pushed image: names, zone, time, and some white space.
-const AROUND_BYTES_MAX: u64 = 64 << 10;
 
 /// `[detectors.push]`: nothing of its own; where to listen is said in `[push]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -190,7 +189,7 @@ struct Route {
 impl Door {
     /// A door that nobody has opened: [`serve`] does.
     pub fn new(config: &Server, files: Files, spool: Arc<Spool>, metrics: Arc<Metrics>, max_frame: u64) -> Arc<Self> {
-        let largest = request_bytes_max(max_frame);
+        let largest = message::bytes_max(max_frame);
         let memory = BODIES_BYTES_MAX.max(2 * largest) >> 10;
         Arc::new(Self {
             config: ArcSwap::from_pointee(config.clone()),
@@ -268,11 +267,6 @@ impl Door {
         *lock(&self.address) = address;
         *lock(&self.trouble) = trouble;
     }
-}
-
-/// Bytes of the largest request.
-fn request_bytes_max(max_frame: u64) -> u64 {
-    max_frame.div_ceil(3) * 4 + AROUND_BYTES_MAX
 }
 
 impl fmt::Debug for Door {

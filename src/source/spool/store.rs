@@ -24,8 +24,10 @@ use super::record::{self, HEAD_BYTES, Head, Meta};
 const SEGMENTS: u64 = 64;
 const SEGMENT_BYTES_MIN: u64 = 256 << 10;
 const SEGMENT_BYTES_MAX: u64 = 256 << 20;
-/// The segment that is written to goes, too, when all of it is settled and it is larger than this, bytes.
+/// The segment that is written to goes, too, when all of it is settled and it is larger than this, bytes, or than this share
+/// of the spool's bound: what is left must have room for the largest frame.
 const IDLE_BYTES_MAX: u64 = 1 << 20;
+const IDLE_SHARE: u64 = 8;
 /// Bytes that are copied in one go out of a segment of which little is left.
 const MOVE_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of the buffer that are kept between groups.
@@ -274,9 +276,10 @@ impl Store {
     /// Writes down what of a segment is settled, or removes it if all is.
     fn clear(&mut self, number: u64) -> io::Result<()> {
         let (path, gone, aside) = (self.path(number, "seg"), self.path(number, "gone"), self.path(number, "damaged"));
+        let idle_max = IDLE_BYTES_MAX.min(self.max_bytes / IDLE_SHARE);
         let Some(segment) = self.segments.get_mut(&number) else { return Ok(()) };
         let active = self.active == Some(number);
-        if segment.live > 0 || active && segment.bytes <= IDLE_BYTES_MAX {
+        if segment.live > 0 || active && segment.bytes <= idle_max {
             return segment.mark(&gone);
         }
         let removed = if segment.damaged { fs::rename(&path, aside) } else { fs::remove_file(&path) };
@@ -637,6 +640,21 @@ mod tests {
         let mut found = ids(&found);
         found.sort_unstable();
         assert_eq!(found, (0..500).step_by(10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn once_all_is_settled_there_is_room_for_the_largest_frame_however_small_the_spool() {
+        for max in [1u64 << 20, 4 << 20, 64 << 20] {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut store, _) = Store::open(dir.path(), max).unwrap();
+            // A group that takes all there is, in one segment.
+            let image = vec![7; 10 << 10];
+            let many = (max - store.segment_bytes()) / (11 << 10);
+            let spots = store.put(&group(0..many, &image)).unwrap();
+            assert!(!store.has_room(max / 3));
+            store.settle(&spots).unwrap();
+            assert!(store.has_room(max / 3), "{} of {max} bytes are left", store.bytes());
+        }
     }
 
     #[test]
