@@ -9,8 +9,9 @@ mod run;
 mod simulate_engine;
 mod spool;
 mod status;
+mod top;
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ Examples:
   framegate check                         read the configuration and say what it means
   framegate run                           the daemon, in the foreground
   framegate status                        how the running daemon is doing
+  framegate top                           the same, live
   framegate doctor                        what is wrong on this box, and what mends it
   framegate publish --detector Lobby a.jpg photos/   publish these by hand
   framegate dead-letter list              what the engine would not take, and why";
@@ -61,6 +63,8 @@ enum Command {
     Reload(ConfigArgs),
     /// Show how the running daemon is doing
     Status(status::Args),
+    /// Watch the running daemon live in the terminal
+    Top(top::Args),
     /// On site: look at everything that goes wrong there, and say what to do
     Doctor(doctor::Args),
     /// Publish files or directories by hand, and exit
@@ -131,6 +135,7 @@ impl Command {
             Command::Check(args) => Ok(check::run(&args.config)),
             Command::Reload(args) => reload(&args),
             Command::Status(args) => status::run(&args),
+            Command::Top(args) => top::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Publish(args) => publish::run(&args),
             Command::DeadLetter(DeadLetterArgs { config, args }) => match load(&config.config) {
@@ -158,6 +163,11 @@ fn load(path: &std::path::Path) -> Result<Loaded, ExitCode> {
         drop(writeln!(io::stderr(), "{}", log::complaint(&problems.to_string())));
         ExitCode::from(check::EXIT_CONFIG)
     })
+}
+
+/// Whether colours may be added to what words say.
+fn colours_wanted() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|it| it.is_empty())
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -286,6 +286,39 @@ pub struct DetectorCounts {
     pub last_frame_ms: Option<i64>,
 }
 
+/// How a detector is, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Condition {
+    /// Its source cannot deliver.
+    Held,
+    /// Longer than its `silence_alarm` without a frame.
+    Silent,
+    /// Neither.
+    Well,
+}
+
+impl Condition {
+    /// In a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Condition::Held => "held",
+            Condition::Silent => "silent",
+            Condition::Well => "well",
+        }
+    }
+}
+
+impl DetectorCounts {
+    /// How the detector is.
+    pub fn condition(&self) -> Condition {
+        match (self.up, self.silent) {
+            (false, _) => Condition::Held,
+            (true, true) => Condition::Silent,
+            (true, false) => Condition::Well,
+        }
+    }
+}
+
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
     received: [Counter; SourceKind::ALL.len()],
@@ -455,6 +488,16 @@ impl DetectorMetrics {
     pub fn serve(self: &Arc<Self>, silence_alarm: Option<Duration>) -> Serving {
         self.served(silence_alarm);
         Serving(self.clone())
+    }
+
+    /// Whether a source serves the detector now. One whose entry a reload took away has nothing but its counts left.
+    pub fn is_served(&self) -> bool {
+        self.served_by().sources > 0
+    }
+
+    /// The alarm of the entry that serves it.
+    pub fn alarm(&self) -> Option<Duration> {
+        self.served_by().alarm
     }
 
     /// Longer than its alarm without a frame.

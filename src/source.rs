@@ -314,13 +314,19 @@ impl Default for Written {
 impl Entry {
     /// Of these, the one that a detector of this name belongs to: by its whole name, else by what stands around placeholders.
     pub fn of<'a>(detector: &str, entries: &'a [Entry]) -> Option<&'a Entry> {
-        let family = |entry: &&Entry| {
-            let (Some(open), Some(close)) = (entry.name.find('{'), entry.name.rfind('}')) else { return false };
-            let rest = detector.strip_prefix(&entry.name[..open]);
-            rest.is_some_and(|rest| !rest.is_empty() && rest.ends_with(&entry.name[close + 1..]))
-        };
-        entries.iter().find(|entry| entry.name == detector).or_else(|| entries.iter().find(family))
+        of_name(detector, entries, |entry| &entry.name)
     }
+}
+
+/// [`Entry::of`], for whatever has an entry's name.
+pub fn of_name<'a, T>(detector: &str, all: &'a [T], name: impl Fn(&T) -> &str) -> Option<&'a T> {
+    let family = |it: &&T| {
+        let name = name(it);
+        let (Some(open), Some(close)) = (name.find('{'), name.rfind('}')) else { return false };
+        let rest = detector.strip_prefix(&name[..open]);
+        rest.is_some_and(|rest| !rest.is_empty() && rest.ends_with(&name[close + 1..]))
+    };
+    all.iter().find(|it| name(it) == detector).or_else(|| all.iter().find(family))
 }
 
 impl TryFrom<Written> for Entry {

@@ -8,7 +8,6 @@ mod engine;
 mod machine;
 mod queues;
 
-use std::io::{self, IsTerminal as _};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
@@ -213,7 +212,7 @@ fn published(status: &Status) -> String {
 
 /// For people: the outcome first, what to do below.
 fn told(lines: &[Line]) -> String {
-    let colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let colours = super::colours_wanted();
     let shown = |text: &str| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>();
     let told = |line: &Line| {
         let (word, colour) = match line.outcome {

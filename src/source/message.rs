@@ -238,6 +238,24 @@ mod tests {
         assert_eq!((known.detector_name.as_deref(), known.time_zone.as_deref()), (Some("Inside"), Some("UTC")));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_payload_panics_and_no_flaw_is_long(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300),
+            field in "expanded|detectorName|ianaTimeZone|detectTimeUtc|[\\PC\n]{0,400}",
+            value in "\\PC{0,400}",
+        ) {
+            let object = serde_json::json!({ "expanded": "AAAA", field: value }).to_string();
+            for payload in [&bytes[..], &[b"{", &bytes[..]].concat(), object.as_bytes()] {
+                for read in [self::payload(payload, Known::default()), json(payload)] {
+                    let Err(flaw) = read else { continue };
+                    proptest::prop_assert!(flaw.to_string().chars().count() < 300, "{}", flaw);
+                    proptest::prop_assert!(!flaw.to_string().contains('\n'), "{}", flaw);
+                }
+            }
+        }
+    }
+
     #[test]
     fn every_flaw_names_its_field_and_shows_no_image() {
         let long = "9".repeat(1000);

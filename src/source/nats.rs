@@ -286,18 +286,19 @@ impl Source {
     }
 
     fn is_well(&mut self) {
+        // First: who sees it ready sees it up.
+        self.inbox.up(true);
         if self.around.health.set(State::Ok) {
             tracing::info!(detector = %self.around.entry.name, place = %self.config.place(), consumer = %self.config.consumer, "pulling from the stream");
         }
-        self.inbox.up(true);
     }
 
     fn hold(&mut self, why: &str) {
         let why = format!("{}: {why}", self.config.place());
+        self.inbox.up(false);
         if self.around.health.set(State::Held(why.clone())) {
             tracing::warn!(detector = %self.around.entry.name, "held: {why}");
         }
-        self.inbox.up(false);
     }
 }
 

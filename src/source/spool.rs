@@ -295,7 +295,7 @@ impl Spool {
     pub fn held(&self) -> Option<String> {
         let full = || {
             let (frames, _) = self.totals();
-            let max = ByteSize(*lock(&self.max_bytes)).display().iec();
+            let max = ByteSize(self.max_bytes()).display().iec();
             let waits = self.no_room_for.load(Ordering::Relaxed) > 0;
             waits.then(|| format!("the spool is full: {frames} frames, up to {max} of spool.max_size"))
         };
@@ -328,6 +328,11 @@ impl Spool {
     pub fn totals(&self) -> (u64, u64) {
         let index = lock(&self.index);
         (index.len() as u64, index.bytes)
+    }
+
+    /// `spool.max_size`, as it is now.
+    pub fn max_bytes(&self) -> u64 {
+        *lock(&self.max_bytes)
     }
 
     /// Removes frames for good; each is counted as dropped.
@@ -472,7 +477,7 @@ impl Spool {
     /// What is done now and then: frames that were given back go in line again, and a disk in trouble is tried.
     async fn look(self: &Arc<Self>) {
         let at = self.clone();
-        let max = *lock(&self.max_bytes);
+        let max = self.max_bytes();
         let looked = tokio::task::spawn_blocking(move || at.look_at_disk(max)).await;
         match looked.unwrap_or_else(|error| Err(io::Error::other(error))) {
             Ok(()) => self.out_of_trouble(),

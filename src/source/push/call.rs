@@ -179,10 +179,13 @@ async fn keep(door: &Door, known: Known, peer: &str, image: spool::Image) -> Res
         name: peer.to_owned(),
         image,
         flaw: None,
-        detector,
+        detector: detector.clone(),
     };
     match door.spool.put(arrival).await {
-        Ok(()) => Ok(answer::accepted()),
+        Ok(()) => {
+            door.heard(&route.entry.name, &detector);
+            Ok(answer::accepted())
+        }
         Err(refused @ Refused::Busy) => Err(answer::busy(&refused.to_string()).into()),
         Err(refused @ (Refused::Full | Refused::Stopping)) => Err(answer::unavailable(&refused.to_string()).into()),
         // Its words name paths of ours.

@@ -129,6 +129,15 @@ pub(super) mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic_and_none_are_taken_for_a_record(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
+            let marked = [&MARK[..], &bytes].concat();
+            drop((head(&bytes), head(&marked), meta(&bytes)));
+            proptest::prop_assert_eq!(meta(&marked), None);
+        }
+    }
+
     #[test]
     fn a_record_comes_back_and_no_bit_of_it_can_be_wrong_unnoticed() {
         let mut bytes = Vec::new();

@@ -32,8 +32,12 @@ const IDLE_SHARE: u64 = 8;
 const MOVE_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of the buffer that are kept between groups.
 const BUFFER_KEPT_MAX: usize = 4 << 20;
+/// Bytes that say where a record begins, and which one it is.
+const MARK_BYTES: usize = 8;
 /// Bytes read at once while records are looked for: a head and what is usually known about a frame.
 const LOOK_BYTES: usize = 1024;
+
+type Mark = [u8; MARK_BYTES];
 
 /// The spool's directory, ours alone.
 pub(super) struct Store {
@@ -94,8 +98,8 @@ impl Spot {
         Ok((record::meta(&begin), crc32fast::hash(image) == self.head.crc))
     }
 
-    fn mark(&self) -> [u8; 8] {
-        let mut mark = [0; 8];
+    fn mark(&self) -> Mark {
+        let mut mark = [0; MARK_BYTES];
         mark[..4].copy_from_slice(&self.at.to_le_bytes());
         mark[4..].copy_from_slice(&self.head.crc.to_le_bytes());
         mark
@@ -347,14 +351,27 @@ impl Segment {
         if self.unmarked.is_empty() {
             return Ok(());
         }
-        let gone = match &mut self.gone {
+        // Opened anew after an error: what was written of it may end within a mark.
+        let mut gone = match self.gone.take() {
             Some(gone) => gone,
-            None => self.gone.insert(OpenOptions::new().append(true).create(true).mode(0o600).open(path)?),
+            None => open_marks(path)?,
         };
         gone.write_all(&self.unmarked)?;
+        self.gone = Some(gone);
         self.unmarked.clear();
         Ok(())
     }
+}
+
+/// To append marks to. Half of one at its end would shift those behind it, and nobody could read them.
+fn open_marks(path: &Path) -> io::Result<File> {
+    let gone = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    let length = gone.metadata()?.len();
+    let half = length % MARK_BYTES as u64;
+    if half > 0 {
+        gone.set_len(length - half)?;
+    }
+    Ok(gone)
 }
 
 /// What is in the spool, without opening it: also while a daemon has it.
@@ -435,7 +452,7 @@ fn read_at_most(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-fn marks(path: &Path) -> io::Result<HashSet<[u8; 8]>> {
+fn marks(path: &Path) -> io::Result<HashSet<Mark>> {
     let mut bytes = Vec::new();
     match File::open(path) {
         Ok(mut file) => file.read_to_end(&mut bytes)?,
@@ -559,6 +576,21 @@ mod tests {
                 fs::remove_file(super::path(dir.path(), 1, "seg")).unwrap();
             }
         }
+    }
+
+    #[test]
+    fn d3_half_a_mark_that_a_crash_left_hides_none_of_those_behind_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        let spots = store.put(&group(0..4, b"image")).unwrap();
+        store.settle(&spots[..1]).unwrap();
+        drop(store);
+        let mut gone = OpenOptions::new().append(true).open(path(dir.path(), 0, "gone")).unwrap();
+        gone.write_all(b"hal").unwrap();
+        let (mut store, found) = open(dir.path());
+        assert_eq!(ids(&found), [1, 2, 3]);
+        store.settle(&[found[0].1.clone(), found[1].1.clone()]).unwrap();
+        assert_eq!(ids(&open_again(store, dir.path())), [3]);
     }
 
     #[test]
