@@ -126,6 +126,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("detector_silence_alarm_seconds", &["detector"]),
     ("redelivered_total", &["detector"]),
     ("lost_upstream_total", &["detector", "reason"]),
+    ("sessions_lost_total", &["detector"]),
     ("settle_errors_total", &["operation"]),
     ("dead_letters_purged_total", &["reason"]),
     ("push_answers_total", &["status"]),

@@ -284,9 +284,10 @@ fn meaning(schema: &Value, property: &Value) -> String {
         let choice = self::target(schema, choice);
         let about = text(&choice["description"]);
         let keys = choice["properties"].as_object().into_iter().flatten();
-        let keys: String = keys.map(|(key, it)| format!(" `{key}`: {}", text(&it["description"]))).collect();
+        let keys: Vec<String> = keys.map(|(key, it)| format!("`{key}`: {}", text(&it["description"]))).collect();
         let value = if keys.is_empty() { format!("`{}`", choice["const"]) } else { "A table".into() };
-        write!(meaning, " {value}: {about}{keys}").expect("a string takes everything");
+        let told = format!(" {value}: {about} {}", keys.join(" "));
+        meaning.push_str(told.trim_end());
     }
     meaning
 }

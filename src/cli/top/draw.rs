@@ -9,7 +9,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Row, Table, TableState};
 use unicode_width::UnicodeWidthStr as _;
 
-use super::model::{Column, Model};
+use super::model::{Column, Mode, Model};
 use crate::admin::page::{ago as since, caught_up, number, span};
 use crate::cli::status::{ago, cut, printable, shown};
 use crate::daemon::{DetectorStatus, SourceStatus, Status};
@@ -109,7 +109,7 @@ const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
 pub(super) fn draw(frame: &mut Frame, model: &Model) {
     let area = frame.area();
     let [width, height] = [area.width, area.height].map(usize::from);
-    if model.help {
+    if model.mode == Mode::Help {
         return lines(frame, area, &help(model, width));
     }
     let parts = Parts::new(model, width, height);
@@ -517,7 +517,7 @@ fn detail(model: &Model, width: usize, roomy: bool) -> Vec<Line<'static>> {
 
 fn footer(model: &Model, all: usize, rows: usize, width: usize) -> Line<'static> {
     let look = Look { colours: model.colours };
-    if model.typing {
+    if model.mode == Mode::Filter {
         let text = format!("filter: {}▏", shown(&model.filter));
         let rest = "  Enter keeps it, Esc clears it";
         let room = width.saturating_sub(text.width());

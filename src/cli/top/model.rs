@@ -31,15 +31,24 @@ pub(super) struct Model {
     /// Since when the daemon cannot be asked, and why.
     pub(super) away: Option<(Timestamp, String)>,
     pub(super) paused: bool,
-    pub(super) help: bool,
+    pub(super) mode: Mode,
     pub(super) sort: Column,
     pub(super) reversed: bool,
     /// Detectors whose name holds this are shown.
     pub(super) filter: String,
-    /// The filter is being typed.
-    pub(super) typing: bool,
     /// The detector under the cursor, by name, so that it stays under it whatever the order.
     selected: Option<String>,
+}
+
+/// What the keys mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// They act on the table.
+    Table,
+    /// They close the help.
+    Help,
+    /// They are letters of the filter.
+    Filter,
 }
 
 /// What is known about a detector, as the table has it.
@@ -103,11 +112,10 @@ impl Model {
             said: now,
             away: None,
             paused: false,
-            help: false,
+            mode: Mode::Table,
             sort: Column::State,
             reversed: false,
             filter: String::new(),
-            typing: false,
             selected: None,
         }
     }
@@ -164,22 +172,29 @@ impl Model {
         if key.modifiers.contains(KeyModifiers::CONTROL) {
             return if key.code == KeyCode::Char('c') { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         }
-        if self.typing {
-            self.type_filter(key.code);
-            return ControlFlow::Continue(());
+        match self.mode {
+            Mode::Table => self.act(key.code, page),
+            Mode::Help if key.code == KeyCode::Char('q') => ControlFlow::Break(()),
+            Mode::Help => {
+                self.mode = Mode::Table;
+                ControlFlow::Continue(())
+            }
+            Mode::Filter => {
+                self.type_filter(key.code);
+                ControlFlow::Continue(())
+            }
         }
-        if self.help {
-            self.help = false;
-            return if key.code == KeyCode::Char('q') { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-        }
+    }
+
+    fn act(&mut self, key: KeyCode, page: usize) -> ControlFlow<()> {
         let page = isize::try_from(page.max(1)).unwrap_or(isize::MAX);
         #[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum; keys without a meaning do nothing")]
-        match key.code {
+        match key {
             KeyCode::Esc if !self.filter.is_empty() => self.filter.clear(),
             KeyCode::Char('q') | KeyCode::Esc => return ControlFlow::Break(()),
-            KeyCode::Char('?' | 'h') | KeyCode::F(1) => self.help = true,
+            KeyCode::Char('?' | 'h') | KeyCode::F(1) => self.mode = Mode::Help,
             KeyCode::Char(' ') => self.paused = !self.paused,
-            KeyCode::Char('/') => self.typing = true,
+            KeyCode::Char('/') => self.mode = Mode::Filter,
             KeyCode::Char('s' | '>') | KeyCode::Right => self.sort = self.sort.beside(1),
             KeyCode::Char('S' | '<') | KeyCode::Left => self.sort = self.sort.beside(Column::ALL.len() - 1),
             KeyCode::Char('r') => self.reversed = !self.reversed,
@@ -197,9 +212,9 @@ impl Model {
     fn type_filter(&mut self, key: KeyCode) {
         #[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum; keys without a meaning do nothing")]
         match key {
-            KeyCode::Enter => self.typing = false,
+            KeyCode::Enter => self.mode = Mode::Table,
             KeyCode::Esc => {
-                self.typing = false;
+                self.mode = Mode::Table;
                 self.filter.clear();
             }
             KeyCode::Backspace => {
@@ -333,14 +348,14 @@ pub(super) mod tests {
     fn a_filter_is_typed_kept_and_cleared() {
         let mut model = model(&["Lobby", "Door", "Side door"]);
         press(&mut model, "/DOORq\u{8}");
-        assert!(model.typing);
+        assert_eq!(model.mode, Mode::Filter);
         assert_eq!(names(&model), ["Door", "Side door"]);
         press(&mut model, "\n");
-        assert!(!model.typing && model.filter == "DOOR");
+        assert_eq!((model.mode, &*model.filter), (Mode::Table, "DOOR"));
         assert!(!press(&mut model, "\u{1b}"), "the first Esc clears the filter");
         assert_eq!(names(&model).len(), 3);
         press(&mut model, "/x\u{1b}");
-        assert!(!model.typing && model.filter.is_empty());
+        assert_eq!((model.mode, &*model.filter), (Mode::Table, ""));
         press(&mut model, &format!("/{}", "x".repeat(500)));
         assert_eq!(model.filter.len(), FILTER_CHARS_MAX);
     }
@@ -357,7 +372,7 @@ pub(super) mod tests {
         assert!(press(&mut model(&["a"]), "?q"));
         assert!(press(&mut model(&["a"]), "\u{1b}"));
         let mut model = model(&["a"]);
-        assert!(!press(&mut model, "?\u{1b}") && !model.help, "escape closes the help");
+        assert!(!press(&mut model, "?\u{1b}") && model.mode == Mode::Table, "escape closes the help");
         assert!(!press(&mut model, " ") && model.paused);
         assert!(!press(&mut model, "   xyz") && !model.paused);
     }
