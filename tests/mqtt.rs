@@ -299,6 +299,8 @@ fn b1_restart_and_kill_9_of_the_broker_again_and_again_lose_nothing() {
         let mut written = Vec::new();
         for n in 0..5 {
             written.extend(add_faces(&broker, n * 20..(n + 1) * 20));
+            // It confirms before it writes down; whom it greets later, it greets after that.
+            drop(broker.client());
             broker.0.kill();
             until_held(&daemon, "topic frigate");
             broker.0.again();
@@ -391,7 +393,7 @@ fn b3_b5_a_full_spool_holds_acknowledgements_back_which_then_leave_in_the_order_
 
 /// The same image with a comment that makes it some fifty times as large.
 fn large(jpeg: &[u8]) -> Vec<u8> {
-    let comment = [&[0xff, 0xfe, 0xff, 0xff][..], &[b' '; 0xfffd]].concat();
+    let comment = [&[0xff, 0xfe, 0xff, 0xff][..], &vec![b' '; 0xfffd]].concat();
     [&jpeg[..2], &comment.repeat(3), &jpeg[2..]].concat()
 }
 
@@ -703,4 +705,27 @@ fn check_says_what_it_would_connect_to() {
     ] {
         assert!(said.contains(part), "{part}\n{said}");
     }
+}
+
+#[test]
+fn doctor_says_whether_the_broker_lets_us_in_and_leaves_the_session_alone() {
+    let mut broker = mosquitto!("doctor_says_whether_the_broker_lets_us_in");
+    let engine = Engine::start();
+    let site = site(&engine, &broker);
+    let mut daemon = site.run();
+    let doctor = || {
+        let output = site.command(&["doctor", "--user", "root"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let well = format!("ok    detector {{topic.1}}: {} topic frigate/+/person/snapshot: it lets us in", broker.url());
+    assert!(doctor().contains(&well), "{}", doctor());
+    let written = add_faces(&broker, 0..5);
+    engine.until_accepted(5);
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+    assert!(!site.log().contains("held"), "nobody threw us out");
+    broker.0.kill();
+    let said = doctor();
+    assert!(said.contains("fail  detector {topic.1}") && said.contains("cannot connect"), "{said}");
+    assert!(said.contains("is mqtt.url right"), "{said}");
 }

@@ -519,19 +519,25 @@ pub(super) fn refusal(reason: Reason, message: String) -> Refusal {
 /// bytes are part of it.
 fn id_of<K>(entry: &Entry, message: &Message<K>) -> FrameId {
     let Message { name, payload, beside, broker_time, .. } = message;
-    let mut context = Context::new(&SHA256);
     let place = entry.place();
     let length = payload.len().to_le_bytes();
     let fields = beside.iter().map(|it| it.as_deref().unwrap_or_default().as_bytes());
     let tail = &payload[payload.len().saturating_sub(DIGEST_TAIL)..];
-    for part in [place.as_bytes(), name.as_bytes(), &length, tail].into_iter().chain(fields) {
+    let parts = [place.as_bytes(), name.as_bytes(), &length, tail].into_iter().chain(fields);
+    id_of_parts(u64::try_from(broker_time.as_millisecond()).unwrap_or(0), parts)
+}
+
+/// The same for the same parts.
+pub(super) fn id_of_parts<'a>(millis: u64, parts: impl Iterator<Item = &'a [u8]>) -> FrameId {
+    let mut context = Context::new(&SHA256);
+    for part in parts {
         context.update(part);
         context.update(b"\0");
     }
     let digest = context.finish();
     let mut short = [0; 10];
     short.copy_from_slice(&digest.as_ref()[..10]);
-    FrameId::derived(u64::try_from(broker_time.as_millisecond()).unwrap_or(0), short)
+    FrameId::derived(millis, short)
 }
 
 #[cfg(test)]

@@ -5,32 +5,30 @@
 //! the rest. What is held outlives a connection. Not here: packets and signs of life (`link`), and frames once they are
 //! spooled (`spool`).
 
+mod arrival;
 mod config;
 mod link;
+mod wire;
 
 use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use aws_lc_rs::digest::{Context, SHA256};
 use futures_util::StreamExt as _;
 use futures_util::future::{BoxFuture, FutureExt as _, ready};
 use futures_util::stream::FuturesOrdered;
-use jiff::Timestamp;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
+use self::arrival::Reader;
 pub use self::config::Config;
-use self::link::{Came, Greeting, Link, Publish, Purpose};
-use super::inbox::refusal;
-use super::message::{self, Known};
+use self::link::{Link, Purpose};
+use self::wire::{Came, Greeting, Publish};
+use super::message;
 use super::reconnect::Backoff;
-use super::spool::{self, Arrival, Image, Refused, Spool};
-use super::{State, Surroundings, Template, believed};
-use crate::frame::{FrameId, SourceKind};
+use super::spool::{Arrival, Refused, Spool};
+use super::{Files, State, Surroundings};
 use crate::metrics::{DetectorMetrics, Serving};
-use crate::settle::{Reason, Refusal};
 
 /// Messages that are on their way into the spool, and so not acknowledged. A broker of MQTT 5 is told; where one sends
 /// more, nothing is read until there is room. After a crash as many may come again; and with them on their way it takes a
@@ -80,30 +78,29 @@ pub async fn run(config: Config, around: Surroundings) {
 }
 
 /// Connects beside whoever is connected already, takes nothing, and says what stands in the way.
-pub async fn reach(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> anyhow::Result<()> {
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
     let client_id = format!("{}-doctor", config.client_id());
-    let (link, _) = Link::connect(config, Purpose::Trial { client_id: &client_id }, 0, files).await?;
-    link.close().await
+    let purpose = Purpose { client_id: &client_id, session: None, payload_max: 0 };
+    let (link, _) = Link::connect(config, purpose, files).await?;
+    link.close().await?;
+    Ok("it lets us in".into())
 }
 
 struct Source {
     config: Config,
     around: Surroundings,
     spool: Arc<Spool>,
-    template: Option<Template>,
+    reader: Reader,
     /// In the order in which they came.
     held: FuturesOrdered<BoxFuture<'static, Kept>>,
     held_bytes: usize,
     /// Counts connections: what came through an earlier one cannot be acknowledged through this one.
     connection: u64,
-    /// The broker may have a session of ours.
-    had_session: bool,
     /// It has our subscription.
     subscribed: bool,
     /// What came last: its packet id, and what tells its content from another's.
     remembered: VecDeque<(u16, u32)>,
     detectors: HashMap<String, (Arc<DetectorMetrics>, Serving)>,
-    up: bool,
     said_unguarded: bool,
     said_other_topic: bool,
 }
@@ -120,25 +117,22 @@ struct Kept {
 impl Source {
     fn new(config: Config, around: Surroundings, spool: Arc<Spool>) -> Self {
         let entry = around.entry.clone();
-        let template = Template::parse(&entry.name, entry.source.placeholders()).ok();
         let mut source = Self {
             config,
+            reader: Reader::new(&around),
             spool,
             held: FuturesOrdered::new(),
             held_bytes: 0,
             connection: 0,
-            had_session: false,
             subscribed: false,
             remembered: VecDeque::new(),
             detectors: HashMap::new(),
-            up: false,
             said_unguarded: false,
             said_other_topic: false,
-            template,
             around,
         };
         // From the start on its series are there.
-        if source.template.as_ref().is_some_and(Template::is_fixed) {
+        if source.reader.is_fixed() {
             source.detector(&entry.name);
         }
         for name in ["redelivered_total", "sessions_lost_total"] {
@@ -152,9 +146,9 @@ impl Source {
         let stop = self.around.stop.clone();
         let files = self.around.files.clone();
         let client_id = self.config.client_id();
-        let purpose = Purpose::Session { client_id: &client_id, receive_max: HELD_MAX };
         let payload_max = message::bytes_max(self.around.max_frame);
-        let connecting = Link::connect(&self.config, purpose, payload_max, &*files);
+        let purpose = Purpose { client_id: &client_id, session: Some(HELD_MAX), payload_max };
+        let connecting = Link::connect(&self.config, purpose, &*files);
         let (mut link, greeting) = tokio::select! {
             connected = connecting => connected?,
             () = stop.cancelled() => return Ok(()),
@@ -172,17 +166,15 @@ impl Source {
 
     fn greeted(&mut self, greeting: Greeting) {
         if greeting.session_present {
-            self.had_session = true;
             return;
         }
-        if self.had_session {
+        if self.connection > 1 {
             self.count("sessions_lost_total", 1);
             tracing::error!(
                 detector = %self.around.entry.name, place = %self.config.place(),
                 "the broker has forgotten our session, and what waited in it is lost: let it keep its sessions on disk (mosquitto: persistence true)"
             );
         }
-        self.had_session = true;
         self.subscribed = false;
         // Packet ids begin anew.
         self.remembered.clear();
@@ -253,7 +245,8 @@ impl Source {
                 "messages come with QoS 0: those that are sent while this box is away are lost; let their sender use QoS 1"
             );
         }
-        let arrival = self.read(publish);
+        let arrival = self.reader.read(publish);
+        self.detector(&arrival.detector);
         let kept = keep(self.spool.clone(), arrival, self.around.stop.clone());
         self.held.push_back(kept.map(done).boxed());
     }
@@ -274,7 +267,7 @@ impl Source {
 
     /// Whether it is none of those that are asked for, which is counted.
     fn is_refused(&mut self, publish: &Publish) -> bool {
-        let reason = if !link::fits(&self.config.topic, &publish.topic) {
+        let reason = if !wire::fits(&self.config.topic, &publish.topic) {
             if !std::mem::replace(&mut self.said_other_topic, true) {
                 tracing::warn!(
                     detector = %self.around.entry.name, topic = publish.topic, client_id = self.config.client_id(),
@@ -287,72 +280,8 @@ impl Source {
         } else {
             return false;
         };
-        let name = self.name(publish, None).unwrap_or_else(|| self.around.entry.name.clone());
-        self.around.metrics.detector(&name).refused(reason);
+        self.around.metrics.detector(&self.reader.name(publish)).refused(reason);
         true
-    }
-
-    /// Whose frame it is, and what it says of itself.
-    fn read(&mut self, publish: Publish) -> Arrival {
-        let entry = self.around.entry.clone();
-        let received_at = Timestamp::now();
-        let [detector_name, detect_time, time_zone] = &publish.beside;
-        let known = Known::from_fields(detector_name.as_deref(), detect_time.as_deref(), time_zone.as_deref());
-        let found = match &publish.malformed {
-            Some(why) => Err(refusal(Reason::Unsupported, format!("the message: {why}"))),
-            None => known.map_err(|flaw| unsupported(&flaw)).and_then(|known| self.image(&publish, known)),
-        };
-        let (image, known, mut flaw) = match found {
-            Ok((image, known)) => (image, known, None),
-            Err(flaw) => (Image::raw(publish.payload.clone()), Known::default(), Some(flaw)),
-        };
-        let name = self.name(&publish, known.detector_name.as_deref());
-        if name.is_none() && flaw.is_none() {
-            let why = format!("the message does not say what `{}` stands for", entry.name);
-            flaw = Some(refusal(Reason::Unsupported, why));
-        }
-        let detector = name.unwrap_or_else(|| entry.name.clone());
-        self.detector(&detector);
-        Arrival {
-            id: if flaw.is_some() { id_of(&entry.place(), &publish) } else { FrameId::generate() },
-            entry: entry.name.as_str().into(),
-            source: SourceKind::Mqtt,
-            time_zone: known.time_zone.unwrap_or_else(|| entry.time_zone.clone()),
-            detect_time: believed(known.detect_time, received_at, &self.around.metrics).unwrap_or(received_at),
-            received_at,
-            name: publish.topic,
-            image,
-            flaw,
-            detector,
-        }
-    }
-
-    /// The image, as far as it can be told without looking at it; base64 is.
-    fn image(&self, publish: &Publish, known: Known) -> Result<(Image, Known), Refusal> {
-        let max = self.around.max_frame;
-        let too_large = |bytes: usize| refusal(Reason::TooLarge, format!("{bytes} bytes; `encode.max_frame` is {max}"));
-        if let Some(whole) = publish.cut_from {
-            let mut flaw = too_large(whole);
-            flaw.message.push_str("; only its beginning is kept");
-            return Err(flaw);
-        }
-        let (image, known) = message::payload(&publish.payload, known).map_err(|flaw| unsupported(&flaw))?;
-        let image = match &image {
-            message::Image::Raw(bytes) if bytes.len() as u64 > max => return Err(too_large(bytes.len())),
-            message::Image::Raw(_) => Image::raw(publish.payload.clone()),
-            message::Image::Base64(_) => Image::look(&image, &publish.payload, max).map_err(|flaw| match flaw {
-                spool::Flaw::TooLarge => too_large(publish.payload.len()),
-                spool::Flaw::Unusable(message) => unsupported(&message::Flaw { field: Some("expanded"), message }),
-            })?,
-        };
-        Ok((image, known))
-    }
-
-    /// The name of its detector; `None` if the message lacks what it is made of.
-    fn name(&self, publish: &Publish, said: Option<&str>) -> Option<String> {
-        let levels: Vec<&[u8]> = publish.topic.split('/').map(str::as_bytes).collect();
-        let said = said.or(publish.beside[0].as_deref()).map(str::to_owned);
-        self.template.as_ref()?.fill(&levels, |_| said.clone())
     }
 
     /// Shows a detector as one of ours.
@@ -361,7 +290,7 @@ impl Source {
             return;
         }
         let counts = self.around.metrics.detector(name);
-        counts.up(self.up);
+        counts.up(self.around.health.get() == State::Ok);
         let serving = counts.serve(self.around.entry.silence_alarm);
         self.detectors.insert(name.to_owned(), (counts, serving));
     }
@@ -403,9 +332,8 @@ impl Source {
 
     /// `true` if that is news.
     fn show(&mut self, state: State) -> bool {
-        self.up = state == State::Ok;
         for (counts, _) in self.detectors.values() {
-            counts.up(self.up);
+            counts.up(state == State::Ok);
         }
         self.around.health.set(state)
     }
@@ -435,10 +363,6 @@ fn keep(spool: Arc<Spool>, arrival: Arrival, stop: CancellationToken) -> impl Fu
     }
 }
 
-fn unsupported(flaw: &message::Flaw) -> Refusal {
-    refusal(Reason::Unsupported, format!("the message: {flaw}"))
-}
-
 /// Tells a message's content from another's of the same packet id.
 fn content(publish: &Publish) -> u32 {
     let mut crc = crc32fast::Hasher::new();
@@ -448,18 +372,4 @@ fn content(publish: &Publish) -> u32 {
     }
     crc.update(&publish.payload);
     crc.finalize()
-}
-
-/// The same for each delivery of what becomes a dead letter: it becomes one, whenever we are killed.
-fn id_of(place: &str, publish: &Publish) -> FrameId {
-    let mut context = Context::new(&SHA256);
-    let whole = publish.cut_from.unwrap_or(publish.payload.len()).to_le_bytes();
-    for part in [place.as_bytes(), publish.topic.as_bytes(), &whole, &publish.payload] {
-        context.update(part);
-        context.update(b"\0");
-    }
-    let digest = context.finish();
-    let mut short = [0; 10];
-    short.copy_from_slice(&digest.as_ref()[..10]);
-    FrameId::derived(0, short)
 }

@@ -22,7 +22,7 @@ pub use self::config::Config;
 use self::link::{Came, Link, Reply};
 use super::inbox::{Inbox, Message, News, Verdict};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::Disposition;
 
@@ -63,6 +63,13 @@ pub async fn run(config: Config, around: Surroundings) {
             return;
         }
     }
+}
+
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let is_there = Link::connect(config, files).await?.has_consumer(config).await?;
+    let consumer = if is_there { "is there" } else { "will be made" };
+    Ok(format!("it lets us in, its stream is there, consumer {} {consumer}", config.consumer))
 }
 
 struct Source {

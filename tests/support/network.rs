@@ -220,7 +220,7 @@ fn relay(client: &TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
         let (client, server, shared) = (client.try_clone()?, server.try_clone()?, shared.clone());
         let recorded = recorded.clone();
         std::thread::spawn(move || {
-            drop(pump(&client, &server, u64::MAX, &shared, (&recorded.by_client, &shared.muted)))
+            drop(pump(&client, &server, u64::MAX, &shared, (&recorded.by_client, &shared.muted)));
         })
     };
     if reset {

@@ -7,7 +7,7 @@ use reqwest::Url;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::link;
+use super::wire::{self, Version};
 use crate::source::Fault;
 
 /// Where brokers listen if the URL says nothing, without and with TLS.
@@ -82,7 +82,10 @@ impl Config {
     /// What it would do, for people.
     pub fn describe(&self) -> Vec<String> {
         let account = self.username.as_deref().map_or(String::new(), |name| format!(" as {name}"));
-        let version = if self.version == 3 { "3.1.1" } else { "5" };
+        let version = match self.version() {
+            Version::Three => "3.1.1",
+            Version::Five => "5",
+        };
         let retained = if self.retained { "retained messages too" } else { "no retained messages" };
         vec![
             format!("{}{account}, MQTT {version}", self.url),
@@ -96,6 +99,11 @@ impl Config {
             return self.client_id.clone();
         }
         format!("framegate-{}", rustix::system::uname().nodename().to_string_lossy())
+    }
+
+    /// What is spoken.
+    pub(super) fn version(&self) -> Version {
+        if self.version == 3 { Version::Three } else { Version::Five }
     }
 
     /// Where `url` leads; `None` if that is nowhere.
@@ -115,7 +123,7 @@ impl Config {
         let mut faults: Vec<Fault> = self.fault_of_url().into_iter().collect();
         if self.topic.is_empty() {
             faults.push(Fault::new("topic", "missing", "write for example topic = \"frigate/+/person/snapshot\""));
-        } else if !link::is_filter(&self.topic) {
+        } else if !wire::is_filter(&self.topic) {
             let right = "a + or # stands alone between slashes, and # only at the end, as in frigate/+/person/snapshot";
             faults.push(Fault::new("topic", format!("`{}` cannot be subscribed to", self.topic.escape_debug()), right));
         }
