@@ -62,6 +62,9 @@ struct Run {
     /// Frames of each run, instead of the case's own
     #[arg(long)]
     frames: Option<u64>,
+    /// Files that wait where more wait than are published: `million`
+    #[arg(long)]
+    waiting: Option<u64>,
     /// Frames/s of steady feeds
     #[arg(long, default_value_t = 500.0)]
     rate: f64,
@@ -141,8 +144,13 @@ fn chosen(args: &Run) -> Vec<Case> {
     };
     let mut cases: Vec<Case> = CASES.into_iter().filter(wanted).collect();
     assert!(!cases.is_empty(), "no case is called {:?}; --list says which there are", args.cases);
-    if let Some(frames) = args.frames {
-        cases.iter_mut().filter(|case| case.feed != Feed::None).for_each(|case| case.frames = frames);
+    for case in &mut cases {
+        if let (true, Some(frames)) = (case.feed != Feed::None, args.frames) {
+            case.frames = frames;
+        }
+        if let (Feed::Backlog(Some(waiting)), Some(files)) = (&mut case.feed, args.waiting) {
+            *waiting = files;
+        }
     }
     cases
 }

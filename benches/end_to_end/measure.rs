@@ -25,6 +25,8 @@ const SETTLED: Duration = Duration::from_millis(700);
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// How long a daemon that idles is watched.
 const IDLE_FOR: Duration = Duration::from_secs(10);
+/// So much of a steady feed is not counted: what comes while the daemon still looks through its directory waits for that.
+const WARM_UP: Duration = Duration::from_secs(2);
 /// Files at once where they come by the thousand.
 const THOUSAND: u64 = 1_000;
 /// The adaptive limit has been reached with so much of `max_in_flight`.
@@ -143,7 +145,9 @@ fn steadily(case: &Case, site: &Site, rate: f64) -> Measures {
         .simulator
         .accepted()
         .iter()
-        .map(|frame| frame.accepted.into_std().saturating_duration_since(closed[&frame.sha256]).as_secs_f64() * 1e3)
+        .map(|frame| (closed[&frame.sha256], frame.accepted.into_std()))
+        .filter(|(closed, _)| *closed > begun + WARM_UP)
+        .map(|(closed, accepted)| accepted.saturating_duration_since(closed).as_secs_f64() * 1e3)
         .collect();
     waits.sort_by(f64::total_cmp);
     let mut measures = run.finish(case, true);

@@ -37,11 +37,8 @@ const STEADY: &[Column] = &[
     ("cpu_system_micros", "system µs", 1),
     ("peak_mib", "peak MiB", 0),
 ];
-const ALONE: &[Column] = &[
-    ("frames_per_second", "frames/s", 0),
-    ("cpu_user_micros", "user µs", 1),
-    ("cpu_system_micros", "system µs", 1),
-];
+const ALONE: &[Column] =
+    &[("frames_per_second", "frames/s", 0), ("cpu_user_micros", "user µs", 1), ("cpu_system_micros", "system µs", 1)];
 const IDLE: &[Column] =
     &[("ready_ms", "ready ms", 0), ("idle_cpu_percent", "CPU %", 2), ("resident_mib", "resident MiB", 1)];
 
@@ -150,7 +147,9 @@ pub(crate) fn goals(outcomes: &[Outcome]) -> Vec<Value> {
                 let said = if met { "met" } else { "MISSED" };
                 println!("{said:<7} {:<18} {name} is {value:.3}, wanted {}", case.name, goal.describe());
             }
-            all.push(json!({ "case": case.name, "measure": name, "value": value, "wanted": goal.describe(), "met": met }));
+            all.push(
+                json!({ "case": case.name, "measure": name, "value": value, "wanted": goal.describe(), "met": met }),
+            );
         }
     }
     all

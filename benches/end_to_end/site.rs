@@ -1,5 +1,6 @@
 //! What one run works on: drop directories with images, the daemon's configuration, an engine. All of it goes with the run.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -82,8 +83,12 @@ impl Site {
             }
             Worker::Roofline => {
                 let mut command = Command::new(std::env::current_exe().expect("this program"));
-                let args =
-                    roofline::Args { url, ca: self.ca.clone(), connections: CONNECTIONS, directories: self.drops.clone() };
+                let args = roofline::Args {
+                    url,
+                    ca: self.ca.clone(),
+                    connections: CONNECTIONS,
+                    directories: self.drops.clone(),
+                };
                 command.args(args.line());
                 command
             }
@@ -123,7 +128,8 @@ impl Site {
         );
         for drop in &self.drops {
             let (path, name) = (drop.display(), drop.file_name().expect("a name").display());
-            text += &format!("[[detectors]]\nname = \"{name}\"\ntime_zone = \"UTC\"\ndirectory = {{ path = \"{path}\" }}\n");
+            writeln!(text, "[[detectors]]\nname = \"{name}\"\ntime_zone = \"UTC\"").expect("a string");
+            writeln!(text, "directory = {{ path = \"{path}\" }}").expect("a string");
         }
         let file = self.path("framegate.toml");
         fs::write(&file, text).expect("a configuration");

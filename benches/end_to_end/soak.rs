@@ -44,11 +44,11 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     let site = Site::new(&case, &args.directory, &runtime, false);
     let process = ready(&case, &site);
     let per_interval = frames(args.rate, args.interval);
-    let intervals = (args.duration.as_secs_f64() / args.interval.as_secs_f64()).ceil() as u32;
+    let intervals = args.duration.as_secs().div_ceil(args.interval.as_secs().max(1));
     println!("{:>10} {:>12} {:>14} {:>10}", "until s", "accepted", "resident MiB", "CPU µs");
     let begun = Instant::now();
     let mut all = Vec::new();
-    for interval in 0..u64::from(intervals) {
+    for interval in 0..intervals {
         let before = process.cpu();
         let accepted_before = site.simulator.counts().accepted;
         for n in interval * per_interval..(interval + 1) * per_interval {
@@ -61,10 +61,15 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             resident_mib: process.resident_mib(),
             cpu_micros: cpu.as_secs_f64() * 1e6 / (accepted - accepted_before).max(1) as f64,
         };
-        println!("{:>10.0} {accepted:>12} {:>14.1} {:>10.1}", begun.elapsed().as_secs_f64(), it.resident_mib, it.cpu_micros);
+        println!(
+            "{:>10.0} {accepted:>12} {:>14.1} {:>10.1}",
+            begun.elapsed().as_secs_f64(),
+            it.resident_mib,
+            it.cpu_micros
+        );
         all.push(it);
     }
-    let fed = u64::from(intervals) * per_interval;
+    let fed = intervals * per_interval;
     let ended = Instant::now();
     while site.simulator.counts().accepted < fed && ended.elapsed() < PATIENCE {
         std::thread::sleep(Duration::from_millis(10));
@@ -84,7 +89,9 @@ fn verdict(args: &Args, all: &[Interval], fed: u64, accepted: u64) -> ExitCode {
     let memory = |of: &[Interval]| median(of.iter().map(|it| it.resident_mib));
     let cpu = |of: &[Interval]| median(of.iter().map(|it| it.cpu_micros));
     let (memory_before, memory_after, cpu_before, cpu_after) = (memory(first), memory(last), cpu(first), cpu(last));
-    println!("first quarter: {memory_before:.1} MiB, {cpu_before:.1} µs a frame; last: {memory_after:.1} MiB, {cpu_after:.1} µs");
+    println!(
+        "first quarter: {memory_before:.1} MiB, {cpu_before:.1} µs a frame; last: {memory_after:.1} MiB, {cpu_after:.1} µs"
+    );
     let mut good = true;
     for (wrong, what) in [
         (memory_after > args.grow_max * memory_before + MEMORY_SLACK_MIB, "memory grew"),

@@ -62,7 +62,8 @@ impl Process {
     /// Lets it end by itself: SIGTERM, and the end of its standard input.
     pub(crate) fn end(mut self) {
         drop(self.input.take());
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM).ok();
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM)
+            .ok();
         self.child.wait().expect("a child");
     }
 
