@@ -1,8 +1,8 @@
 //! The roofline: the least code that does the daemon's work. It reads each file, builds the body, posts it over as many
 //! connections with the same HTTP client, and unlinks the file. No watching, claims, checks, retries, metrics.
 //!
-//! Files are read and encoded where they are posted, on the runtime's own threads: handing images over to threads for that
-//! costs more than the wait for a cached file (both were measured; the README's figures are against this one).
+//! Files are read and encoded where they are posted, on the runtime's own threads: a cached file is there in microseconds, and an
+//! image that is handed to another thread costs a wake-up.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
