@@ -6,6 +6,8 @@
 #![expect(clippy::print_stdout, reason = "the result")]
 
 mod case;
+#[path = "../support/frame.rs"]
+mod frame;
 mod instructions;
 mod measure;
 #[path = "../support/process.rs"]

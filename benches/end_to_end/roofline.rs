@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use framegate::encode::body::Body;
-use framegate::frame::{Detector, Frame, FrameId, SourceKind};
-use jiff::Timestamp;
+use framegate::frame::Detector;
+
+use crate::frame::frame;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -129,17 +130,4 @@ fn client(args: &Args) -> reqwest::Client {
         .http1_only()
         .build()
         .expect("a client")
-}
-
-fn frame(detector: &Arc<Detector>) -> Frame {
-    Frame {
-        id: FrameId::generate(),
-        detector: detector.clone(),
-        detect_time: Timestamp::now(),
-        received_at: Timestamp::now(),
-        noticed: tokio::time::Instant::now(),
-        source: SourceKind::Directory,
-        original_name: "face.jpg".into(),
-        image_bytes: 0,
-    }
 }

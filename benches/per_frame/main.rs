@@ -6,6 +6,8 @@
 /// What `crate::frame` is for them.
 use framegate::frame;
 
+#[path = "../support/frame.rs"]
+mod incoming;
 mod publish;
 mod source;
 
@@ -16,12 +18,11 @@ use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use framegate::encode::body::Body;
 use framegate::encode::image::{Format, inspect};
-use framegate::frame::{Detector, Frame, FrameId, SourceKind};
+use framegate::frame::{Detector, FrameId, SourceKind};
 use framegate::metrics::Metrics;
 use framegate::queue::{Intake, Line, Offer, Outlet, Ready, Taken, queue};
 use framegate::simulator::faces;
 use futures_util::FutureExt as _;
-use jiff::Timestamp;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -37,7 +38,7 @@ fn main() {
 /// The request's body: base64, and the JSON around it.
 #[divan::bench(args = KIB)]
 fn body(bencher: Bencher<'_, '_>, kib: usize) {
-    let (image, frame) = (faces::face(1, kib << 10), a_frame());
+    let (image, frame) = (faces::face(1, kib << 10), incoming::frame(&a_detector(0)));
     bencher.counter(BytesCount::of_slice(&image)).bench_local(|| {
         black_box(Body::build(&frame, black_box(&image)));
     });
@@ -91,19 +92,6 @@ fn counting(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn frame_id() -> FrameId {
     FrameId::generate()
-}
-
-fn a_frame() -> Frame {
-    Frame {
-        id: FrameId::generate(),
-        detector: a_detector(0),
-        detect_time: Timestamp::now(),
-        received_at: Timestamp::now(),
-        noticed: tokio::time::Instant::now(),
-        source: SourceKind::Directory,
-        original_name: "face.jpg".into(),
-        image_bytes: 0,
-    }
 }
 
 fn a_detector(n: usize) -> Arc<Detector> {
