@@ -352,7 +352,8 @@ fn c4_when_no_renewal_works_each_token_costs_one_login() {
         // Five seconds at least, in lives of two: one login when three quarters of each are over, and the first.
         let most = 2 + lives(&engine, Duration::from_millis(1500));
         assert!((3..=most).contains(&logins), "{status}: {logins} logins, {most} at most");
-        assert!(engine.counts().renew <= logins, "{status}: {} renewals", engine.counts().renew);
+        // One ahead of time for each token; and one more if the 401 comes while the token still lives by our clock.
+        assert!(engine.counts().renew <= 2 * logins, "{status}: {} renewals", engine.counts().renew);
     }
 }
 
@@ -687,7 +688,7 @@ fn a_detectors_own_rate_bounds_it_alone() {
         .collect();
     for seconds in [1, 2] {
         let most = busiest(&slow, Duration::from_secs(seconds as u64));
-        assert!(most <= 20 * seconds + 20, "{most} requests within {seconds} s");
+        assert!(most <= 20 * seconds + 20 + CAUGHT_UP, "{most} requests within {seconds} s");
     }
 }
 
