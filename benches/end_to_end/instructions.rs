@@ -21,7 +21,7 @@ pub(crate) struct Args {
     #[arg(long = "case", value_name = "NAME", default_value = "http-40k")]
     case: String,
     /// Runs of so many frames and of twice as many are subtracted, so that starting and ending do not count
-    #[arg(long, default_value_t = 500)]
+    #[arg(long, default_value_t = 1_500)]
     frames: u64,
     /// Make the drop directory below this one
     #[arg(long, default_value = env!("CARGO_TARGET_TMPDIR"))]
