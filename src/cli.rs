@@ -24,6 +24,10 @@ use crate::control::{self, Request};
 use crate::log;
 use crate::publish as engine;
 
+/// Threads that may block at once: scans, settling, the spool, dead letters. With tokio's own 512 as many directories are
+/// scanned at once at the start, each on a thread with memory of its own; with few, dead shares would keep all from working.
+const BLOCKING_THREADS_MAX: usize = 64;
+
 const EXAMPLES: &str = "\
 Examples:
   framegate demo                          see all of it work, without credentials
@@ -240,7 +244,9 @@ fn colours_wanted() -> bool {
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the async runtime")
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS_MAX).build();
+    runtime.context("cannot start the async runtime")
 }
 
 fn print(text: &str) -> anyhow::Result<ExitCode> {
