@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::tree;
+use super::tree::{self, Opened};
 use crate::frame::FrameId;
 
 /// The hidden directory in each drop directory.
@@ -55,14 +55,6 @@ pub(super) struct Claim {
     pub dir: Arc<[u8]>,
     /// The name that it had.
     pub name: Arc<[u8]>,
-}
-
-/// The directory that a claim lies in.
-pub(super) enum Place<'a> {
-    /// The instance's own, as for all but long paths.
-    Instance(BorrowedFd<'a>),
-    /// One of the claim's own, below that.
-    Below(OwnedFd),
 }
 
 impl Root {
@@ -274,24 +266,25 @@ impl Instance {
 }
 
 impl Claim {
-    /// The directory that it lies in, and its name there.
-    pub(super) fn place(&self) -> io::Result<(Place<'_>, Vec<u8>)> {
+    /// The directory that it lies in (the instance's own, as for all but long paths, or one of its own below that), and its
+    /// name there.
+    pub(super) fn place(&self) -> io::Result<(Opened<'_>, Vec<u8>)> {
         self.place_by(tree::open_below)
     }
 
     /// The same, making what is missing of a long path's directories.
-    fn make_place(&self) -> io::Result<(Place<'_>, Vec<u8>)> {
+    fn make_place(&self) -> io::Result<(Opened<'_>, Vec<u8>)> {
         self.place_by(tree::make_below)
     }
 
     fn place_by(
         &self,
         below: impl FnOnce(BorrowedFd<'_>, &[u8]) -> io::Result<OwnedFd>,
-    ) -> io::Result<(Place<'_>, Vec<u8>)> {
+    ) -> io::Result<(Opened<'_>, Vec<u8>)> {
         let instance = self.instance.fd.as_fd();
         match self.short() {
-            Some(name) => Ok((Place::Instance(instance), name)),
-            None => Ok((Place::Below(below(instance, &self.long())?), self.name.to_vec())),
+            Some(name) => Ok((Opened::Already(instance), name)),
+            None => Ok((Opened::Now(below(instance, &self.long())?), self.name.to_vec())),
         }
     }
 
@@ -364,20 +357,11 @@ impl Claim {
     }
 
     /// Removes the directory of its own; one that stays is pruned later.
-    fn remove_place(&self, place: &Place<'_>) {
-        if let Place::Below(_) = place
+    fn remove_place(&self, place: &Opened<'_>) {
+        if let Opened::Now(_) = place
             && let Ok(parent) = tree::open_below(self.instance.fd.as_fd(), &self.dir)
         {
             rustix::fs::unlinkat(&parent, format!("{}~", self.id).as_str(), AtFlags::REMOVEDIR).ok();
-        }
-    }
-}
-
-impl AsFd for Place<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Instance(fd) => *fd,
-            Self::Below(fd) => fd.as_fd(),
         }
     }
 }
