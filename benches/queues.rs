@@ -1,7 +1,7 @@
-//! A backlog in Redis and in NATS `JetStream`, to the engine, by one daemon and by two that share it; and the same backlog in a
-//! drop directory beside it. Everything shares the box: only the ratios mean something.
+//! A backlog in Redis and in NATS `JetStream`, to the engine, by one daemon and by two that share it; in an MQTT broker, through
+//! the spool; and the same backlog in a drop directory beside it. Everything shares the box: only the ratios mean something.
 //!
-//! Needs `redis-server` and `nats-server`; says which is missing and goes on.
+//! Needs `redis-server`, `nats-server` and `mosquitto`; says which is missing and goes on.
 #![expect(clippy::print_stdout, reason = "the result")]
 
 use std::fs;
@@ -28,6 +28,8 @@ enum From {
     Directory,
     Redis,
     Nats,
+    /// With what may be on its way at once, as mosquitto has it.
+    Mqtt(u32),
 }
 
 fn main() {
@@ -41,6 +43,8 @@ fn main() {
         (From::Redis, "redis", 2),
         (From::Nats, "nats", 1),
         (From::Nats, "nats", 2),
+        (From::Mqtt(20), "mqtt", 1),
+        (From::Mqtt(100), "mqtt, 100", 1),
     ] {
         let Some((rate, shares)) = measure(&base, from, daemons) else {
             println!("{name:<12} {daemons:>8} {:>10}", "no server");
@@ -83,12 +87,16 @@ fn measure(base: &[Vec<u8>], from: From, daemons: usize) -> Option<(f64, Vec<f64
         From::Nats => Some(Process::start(
             Command::new("nats-server").args(["-a", "127.0.0.1", "-p", &port.to_string(), "-js", "-sd"]).arg(at),
         )?),
+        From::Mqtt(in_flight) => {
+            Some(Process::start(Command::new("mosquitto").arg("-c").arg(broker_file(at, port, in_flight)))?)
+        }
     };
     let images = (0..FRAMES).map(|n| faces::face_variant(&base[usize::try_from(n).expect("small") % base.len()], n));
     let source = match from {
         From::Directory => fill_directory(at, images),
         From::Redis => fill_redis(port, images),
         From::Nats => fill_nats(port, images),
+        From::Mqtt(_) => fill_mqtt(port, images),
     };
     let mut engine = Process::start(Command::new(env!("CARGO_BIN_EXE_framegate")).args([
         "simulate-engine",
@@ -167,6 +175,66 @@ fn fill_nats(port: u16, images: impl Iterator<Item = Vec<u8>>) -> String {
     format!("nats = {{ url = \"{url}\", stream = \"FRAMES\" }}")
 }
 
+fn broker_file(at: &Path, port: u16, in_flight: u32) -> std::path::PathBuf {
+    let file = at.join("mosquitto.conf");
+    let lines = format!(
+        "user root\nlistener {port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\nmax_inflight_messages {in_flight}\n"
+    );
+    fs::write(&file, lines).expect("a file");
+    file
+}
+
+/// Makes the daemon's session, which the broker then keeps the backlog in.
+fn fill_mqtt(port: u16, images: impl Iterator<Item = Vec<u8>>) -> String {
+    use mqtt_proto::v3::{Connect, Packet, Publish, Subscribe};
+    use mqtt_proto::{Pid, QoS, QosPid, TopicFilter, TopicName};
+    let begun = Instant::now();
+    let mut client = MqttClient::connect(port, begun, Connect { clean_session: false, ..connect("bench") });
+    let filter = TopicFilter::try_from("frames/+").expect("a filter");
+    client.ask(&Subscribe::new(Pid::try_from(1).expect("not 0"), vec![(filter, QoS::Level1)]).into(), 5);
+    client.say(&Packet::Disconnect);
+    let mut client = MqttClient::connect(port, begun, connect("camera"));
+    let (topic, mut sent) = (TopicName::try_from("frames/Lobby").expect("a topic"), 0);
+    for image in images {
+        sent = sent % 60_000 + 1;
+        let id = QosPid::Level1(Pid::try_from(sent).expect("not 0"));
+        client.ask(&Publish::new(id, topic.clone(), image.into()).into(), 4);
+    }
+    format!("mqtt = {{ url = \"mqtt://127.0.0.1:{port}\", topic = \"frames/+\", client_id = \"bench\" }}")
+}
+
+fn connect(client_id: &str) -> mqtt_proto::v3::Connect {
+    mqtt_proto::v3::Connect::new(mqtt_proto::ClientId::from(std::sync::Arc::from(client_id)), 0)
+}
+
+struct MqttClient(TcpStream);
+
+impl MqttClient {
+    fn connect(port: u16, begun: Instant, connect: mqtt_proto::v3::Connect) -> Self {
+        let stream = loop {
+            match TcpStream::connect(("127.0.0.1", port)) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(begun.elapsed() < RUN_MAX, "{error}"),
+            }
+            sleep(LOOK_EVERY);
+        };
+        stream.set_nodelay(true).expect("a socket");
+        let mut client = Self(stream);
+        client.ask(&connect.into(), 4);
+        client
+    }
+
+    fn say(&mut self, packet: &mqtt_proto::v3::Packet) {
+        self.0.write_all(packet.encode().expect("a packet").as_ref()).expect("the broker reads");
+    }
+
+    /// Says it, and reads the answer of so many bytes.
+    fn ask(&mut self, packet: &mqtt_proto::v3::Packet, answer: usize) {
+        self.say(packet);
+        self.0.read_exact(&mut vec![0; answer]).expect("the broker answers");
+    }
+}
+
 fn configuration(at: &Path, url: &str, source: &str) -> std::path::PathBuf {
     fs::create_dir(at).expect("a directory");
     let secret = at.join("engine-password");
@@ -181,6 +249,8 @@ fn configuration(at: &Path, url: &str, source: &str) -> std::path::PathBuf {
         password_file = "engine-password"
         [dead_letter]
         directory = "{here}/dead-letter"
+        [spool]
+        directory = "{here}/spool"
         [admin]
         listen = "127.0.0.1:0"
         control = "{here}/control"

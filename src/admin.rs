@@ -51,6 +51,9 @@ const LIVE_MAX: usize = 8;
 const LIVE_TIME_MAX: Duration = Duration::from_hours(1);
 /// Between two looks for a live page.
 const LIVE_EVERY: Duration = Duration::from_secs(1);
+/// After which a browser comes back whose connection ended. A page beyond [`LIVE_MAX`] is kept up to date in this way alone,
+/// and does not take that for a loss: see `LOST_MS` of the page's script.
+const LIVE_AGAIN_MS: u32 = 5000;
 /// After `accept` failed, which it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -59,8 +62,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Where metrics, health and status are read, over HTTP. There is no password: keep it on loopback, or behind a proxy.
+    /// Changes with a restart only.
     pub listen: SocketAddr,
-    /// The Unix socket of the commands that act on the running daemon; for its own user and root.
+    /// The Unix socket of the commands that act on the running daemon; for its own user and root. Changes with a restart only.
     pub control: PathBuf,
 }
 
@@ -115,13 +119,9 @@ async fn connection(stream: TcpStream, view: Arc<View>, live: Arc<Semaphore>) {
     let turned_live = is_live.clone();
     let service = service_fn(move |request: Request<Incoming>| {
         let answer = if request.uri().path() == "/events" && request.method() == Method::GET {
-            match live.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    turned_live.store(true, Ordering::Relaxed);
-                    events(view.clone(), permit)
-                }
-                Err(_) => text(StatusCode::SERVICE_UNAVAILABLE, "too many pages are live\n".into()).map(Either::Left),
-            }
+            let permit = live.clone().try_acquire_owned().ok();
+            turned_live.store(permit.is_some(), Ordering::Relaxed);
+            events(view.clone(), permit)
         } else {
             answer(request.method(), request.uri().path(), &view).map(Either::Left)
         };
@@ -147,22 +147,23 @@ async fn connection(stream: TcpStream, view: Arc<View>, live: Arc<Semaphore>) {
 
 type Body = Either<Full<Bytes>, StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>>;
 
-/// Server-sent events: the page's sections whenever they change. A reader that is slow gets fewer of them.
-fn events(view: Arc<View>, permit: OwnedSemaphorePermit) -> Response<Body> {
+/// Server-sent events: the page's sections that changed, every time; none of them shows that the connection lives. A reader that
+/// is slow gets fewer of them, and one without a permit the first alone.
+fn events(view: Arc<View>, permit: Option<OwnedSemaphorePermit>) -> Response<Body> {
     let mut every = tokio::time::interval(LIVE_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let events = if permit.is_some() { usize::MAX } else { 1 };
     let begin = (view, every, BTreeMap::new(), permit);
     let stream = futures_util::stream::unfold(begin, async |(view, mut every, mut seen, permit)| {
         every.tick().await;
         let sections = page::sections(&(view.shown)());
         let news: BTreeMap<_, _> = sections.into_iter().filter(|(id, section)| seen.get(id) != Some(section)).collect();
-        // Without news a comment: it shows that the connection lives.
-        let text = if news.is_empty() { ":\n\n".into() } else { format!("event: sections\ndata: {}\n\n", json!(news)) };
+        let text = format!("retry: {LIVE_AGAIN_MS}\nevent: sections\ndata: {}\n\n", json!(news));
         seen.extend(news);
         Some((Ok(Frame::data(Bytes::from(text))), (view, every, seen, permit)))
     });
     let headers = response(StatusCode::OK, "text/event-stream", String::new());
-    headers.map(|_| Either::Right(StreamBody::new(stream.boxed())))
+    headers.map(|_| Either::Right(StreamBody::new(stream.take(events).boxed())))
 }
 
 fn answer(method: &Method, path: &str, view: &View) -> Response<Full<Bytes>> {
@@ -305,6 +306,26 @@ mod tests {
                 silent.push(TcpStream::connect(address).await.unwrap());
             }
             assert!(ask(address, "GET /healthz").await.starts_with("HTTP/1.1 200"));
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pages_beyond_those_that_are_live_get_what_is_new_each_time_they_ask() {
+        with_server(view(Ok(()), &[]), async |address| {
+            let mut live = Vec::new();
+            for _ in 0..LIVE_MAX {
+                let mut stream = TcpStream::connect(address).await.unwrap();
+                stream.write_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+                stream.read_u8().await.unwrap();
+                live.push(stream);
+            }
+            for _ in 0..2 {
+                let answer = ask(address, "GET /events").await;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+                assert_eq!(answer.matches("event: sections\ndata: {\"").count(), 1, "{answer}");
+                assert!(answer.contains("retry: 5000\n"), "{answer}");
+            }
         })
         .await;
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -81,6 +81,8 @@ pub struct Daemon {
     stop_pipeline: CancellationToken,
     stop_services: CancellationToken,
     requests: mpsc::Receiver<(Request, oneshot::Sender<Answer>)>,
+    /// systemd's socket for pushes, until it is listened on.
+    inherited: Option<push::Inherited>,
     beat: Progress,
 }
 
@@ -93,6 +95,7 @@ struct Shared {
     started: Instant,
     sources: Mutex<Vec<(Arc<Entry>, Health)>>,
     history: History,
+    memory: queue::Meter,
     watchdog: Arc<Watchdog>,
     queues: Mutex<Queues>,
 }
@@ -130,6 +133,14 @@ pub struct Status {
     pub spool_frames: u64,
     #[serde(default)]
     pub spool_bytes: u64,
+    /// `spool.max_size`; 0 where there is no spool.
+    #[serde(default)]
+    pub spool_max_bytes: u64,
+    /// Bytes that frames in hand take, and those that they may take.
+    #[serde(default)]
+    pub memory_in_use_bytes: u64,
+    #[serde(default)]
+    pub memory_budget_bytes: u64,
     /// Where frames can be pushed; `null` while they cannot.
     #[serde(default)]
     pub push: Option<String>,
@@ -155,6 +166,9 @@ pub struct DetectorStatus {
     pub rate: f64,
     /// Mean way from noticed to accepted of the last frames, milliseconds.
     pub delivery_ms: Option<f64>,
+    /// The longest way of the last half a minute to a minute, milliseconds.
+    #[serde(default)]
+    pub delivery_max_ms: Option<f64>,
     pub counts: DetectorCounts,
 }
 
@@ -188,6 +202,7 @@ impl Daemon {
             started: Instant::now(),
             sources: Mutex::default(),
             history: History::default(),
+            memory: intake.meter(),
             watchdog: watchdog.clone(),
             queues: Mutex::default(),
         });
@@ -236,10 +251,12 @@ impl Daemon {
             stop_pipeline,
             stop_services,
             requests,
+            inherited: None,
         };
         daemon.start_retries();
         let settings = daemon.settings.clone();
-        daemon.share(&settings)?;
+        daemon.inherit(&settings)?;
+        daemon.share(&settings);
         for entry in daemon.settings.detectors.clone() {
             daemon.start_source(entry);
         }
@@ -266,7 +283,10 @@ impl Daemon {
     }
 
     /// Answers control requests until `stop` is cancelled; `reload` is told of each SIGHUP. Tells systemd how it goes.
-    pub async fn run(&mut self, stop: CancellationToken, mut reload: mpsc::Receiver<()>) {
+    ///
+    /// # Errors
+    /// A part of the daemon has failed. Nothing but a new start mends that: stop, and say so.
+    pub async fn run(&mut self, stop: CancellationToken, mut reload: mpsc::Receiver<()>) -> anyhow::Result<()> {
         self.surroundings.notify.ready(&self.shared.headline());
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         let mut said = String::new();
@@ -275,7 +295,7 @@ impl Daemon {
             self.beat.tick();
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => return Ok(()),
                 Some(()) = reload.recv() => { self.reload_from_file(); }
                 request = self.requests.recv(), if control_open => match request {
                     Some((request, reply)) => {
@@ -286,8 +306,7 @@ impl Daemon {
                     None => control_open = false,
                 },
                 _ = tick.tick() => {
-                    while let Some(joined) = self.source_tasks.try_join_next() { note_end("source", joined); }
-                    while let Some(joined) = self.services.try_join_next() { note_end("service", joined); }
+                    self.look_at_tasks()?;
                     let headline = self.shared.headline();
                     if headline != said {
                         self.surroundings.notify.status(&headline);
@@ -298,11 +317,27 @@ impl Daemon {
         }
     }
 
+    /// A source ends when a reload takes it out, everything else when we stop.
+    fn look_at_tasks(&mut self) -> anyhow::Result<()> {
+        while let Some(ended) = self.source_tasks.try_join_next() {
+            ended.context("a source failed")?;
+        }
+        for (what, tasks) in [("a service", &mut self.services), ("the pipeline", &mut self.pipeline)] {
+            if let Some(ended) = tasks.try_join_next() {
+                ended.with_context(|| format!("{what} failed"))?;
+                bail!("{what} ended by itself");
+            }
+        }
+        Ok(())
+    }
+
     /// Takes nothing more, publishes what is in hand until the deadline, gives the rest back. `hurry` cancelled ends at once.
     pub async fn stop(mut self, hurry: CancellationToken) {
         self.surroundings.notify.stopping();
         // Draining has a deadline of its own: nobody needs to watch whether this loop turns.
         drop(self.beat);
+        // Whoever asks something now hears at once that nobody answers any more.
+        drop(self.requests);
         tracing::info!(deadline = ?self.settings.shutdown.deadline, "stopping: nothing more is taken; frames in hand are published until the deadline");
         for source in &self.sources {
             source.stop.cancel();
@@ -348,8 +383,18 @@ impl Daemon {
         tracing::info!("stopped");
     }
 
+    /// Takes the socket that systemd handed over, if these settings want it and nobody has it yet.
+    fn inherit(&mut self, settings: &Settings) -> anyhow::Result<()> {
+        let of_systemd = settings.push.listen.as_deref().map(push::Listen::parse) == Some(Ok(push::Listen::Systemd));
+        let pushed = settings.detectors.iter().any(|entry| matches!(entry.source, source::Config::Push(_)));
+        if of_systemd && pushed && self.inherited.is_none() && self.shared.queues().push.is_none() {
+            self.inherited = Some(push::take_inherited()?);
+        }
+        Ok(())
+    }
+
     /// Starts what several entries share, if one of them needs it, and tells what is there of these settings.
-    fn share(&mut self, settings: &Settings) -> anyhow::Result<()> {
+    fn share(&mut self, settings: &Settings) {
         let entries: Vec<_> = settings.detectors.iter().cloned().map(Arc::new).collect();
         let mut queues = self.shared.queues();
         let wanted = entries.iter().any(|entry| spool::serves(entry));
@@ -362,11 +407,8 @@ impl Daemon {
             spool.reconfigure(&settings.spool, &entries);
         }
         let pushed = entries.iter().any(|entry| matches!(entry.source, source::Config::Push(_)));
-        if let (None, Some(listen), Some(spool), true) = (&queues.push, &settings.push.listen, &queues.spool, pushed) {
-            let inherited = match push::Listen::parse(listen) {
-                Ok(push::Listen::Systemd) => Some(push::take_inherited()?),
-                Ok(push::Listen::Tcp(_) | push::Listen::Unix(_)) | Err(_) => None,
-            };
+        if let (None, Some(_), Some(spool), true) = (&queues.push, &settings.push.listen, &queues.spool, pushed) {
+            let inherited = self.inherited.take();
             let places = settings.secret_places.clone();
             let files = Arc::new(move |file: &Path| places.resolve(file));
             let max_frame = settings.encode.max_frame.as_u64();
@@ -380,7 +422,6 @@ impl Daemon {
             door.reconfigure(&settings.push, &entries);
         }
         *self.shared.queues.lock().unwrap_or_else(PoisonError::into_inner) = queues;
-        Ok(())
     }
 
     fn start_source(&mut self, entry: Entry) {
@@ -476,6 +517,8 @@ impl Daemon {
         }
         let new = loaded.settings;
         let changes = config::diff(&self.settings, &new);
+        // What can fail comes first, the engine last of it: nothing of a refused configuration may count.
+        self.inherit(&new)?;
         // Whoever reloads while publishing is paused has mended something, perhaps only inside a secret's file.
         let paused = self.shared.publisher.status().state != State::Open;
         let publish = fitting(&new);
@@ -488,12 +531,14 @@ impl Daemon {
         if changes.publish {
             tell_ceiling(&new);
         }
-        if let Some(log) = &self.surroundings.log {
-            log.set_level(&new.log.level)?;
+        if let Some(log) = &self.surroundings.log
+            && let Err(error) = log.set_level(&new.log.level)
+        {
+            tracing::warn!("log.level stays as it is: {error:#}");
         }
         self.shared.dead_letters.reconfigure(new.dead_letter.max_size, new.dead_letter.max_age);
         self.intake.set_budget(new.encode.memory.as_u64());
-        self.share(&new)?;
+        self.share(&new);
         let (gone, kept): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.sources).into_iter().partition(|source| !new.detectors.contains(&source.entry));
         self.sources = kept;
@@ -554,7 +599,8 @@ impl Shared {
         let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         let Queues { spool, push } = self.queues();
-        let (spool_frames, spool_bytes) = spool.map_or((0, 0), |spool| spool.totals());
+        let (spool_frames, spool_bytes) = spool.as_ref().map_or((0, 0), |spool| spool.totals());
+        let (memory_in_use_bytes, memory_budget_bytes) = self.memory.bytes();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -567,16 +613,21 @@ impl Shared {
             dead_letter_bytes,
             spool_frames,
             spool_bytes,
+            spool_max_bytes: spool.map_or(0, |spool| spool.max_bytes()),
+            memory_in_use_bytes,
+            memory_budget_bytes,
             push: push.and_then(|door| door.address()),
         }
     }
 
     fn detector_status(&self, detector: &DetectorMetrics) -> DetectorStatus {
         let now = self.history.now(&detector.name);
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
         DetectorStatus {
             name: detector.name.to_string(),
             rate: now.rate,
-            delivery_ms: now.delivery.map(|time| time.as_secs_f64() * 1e3),
+            delivery_ms: now.delivery.map(millis),
+            delivery_max_ms: now.delivery_max.map(millis),
             counts: detector.counts(),
         }
     }
@@ -592,27 +643,42 @@ impl Shared {
         for (reason, count) in self.metrics.detectors().iter().flat_map(|detector| detector.dead_lettered_by_reason()) {
             *dead_lettered.entry(reason).or_default() += count;
         }
-        let row = |detector: DetectorStatus| page::Row {
-            hour: self.history.hour(&detector.name),
-            name: detector.name,
-            up: detector.counts.up,
-            silent: detector.counts.silent,
-            rate: detector.rate,
-            delivery: detector.delivery_ms.map(|ms| Duration::from_secs_f64(ms / 1e3)),
-            pending: detector.counts.pending,
-            last_frame: detector.counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
-            published: detector.counts.published,
-        };
         let held = |source: &SourceStatus| Some((source.name.clone(), source.place.clone(), source.held.clone()?));
+        let Queues { spool, .. } = self.queues();
         page::Shown {
             version: status.version,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             uptime: self.started.elapsed(),
             now: Timestamp::now(),
             engine: status.engine,
             held: status.sources.iter().filter_map(held).collect(),
-            detectors: status.detectors.into_iter().map(row).collect(),
+            detectors: self.metrics.detectors().iter().map(|detector| self.row(detector)).collect(),
+            spool: spool.map(|_| (status.spool_frames, status.spool_bytes)),
             dead_letters: (status.dead_letters, status.dead_letter_bytes),
             dead_lettered: dead_lettered.into_iter().collect(),
+        }
+    }
+
+    /// A detector's row on the status page.
+    fn row(&self, detector: &DetectorMetrics) -> page::Row {
+        let (counts, now) = (detector.counts(), self.history.now(&detector.name));
+        page::Row {
+            name: detector.name.to_string(),
+            condition: match (detector.is_served(), counts.up, counts.silent) {
+                (true, false, _) => page::Condition::Held,
+                (true, true, true) => page::Condition::Silent,
+                (true, true, false) => page::Condition::Well,
+                // Frames wait in the spool for a detector that has not been heard of since the start.
+                (false, _, _) if counts.pending > 0 => page::Condition::Well,
+                (false, _, _) => page::Condition::Gone,
+            },
+            alarm: detector.alarm(),
+            rate: now.rate,
+            delivery: now.delivery,
+            pending: counts.pending,
+            last_frame: counts.last_frame_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok()),
+            published: counts.published,
+            hour: self.history.hour(&detector.name),
         }
     }
 
@@ -731,12 +797,52 @@ async fn engine_stays_away(publisher: Arc<Publisher>) {
     }
 }
 
-fn note_end(what: &str, joined: Result<(), tokio::task::JoinError>) {
-    if let Err(error) = joined {
-        tracing::error!(%error, "a {what} task failed");
-    }
-}
-
 fn now_seconds() -> f64 {
     Timestamp::now().as_millisecond() as f64 / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    async fn daemon(home: &Path) -> Daemon {
+        let shown = home.display();
+        std::fs::write(home.join("password"), "secret").unwrap();
+        std::fs::set_permissions(home.join("password"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::create_dir(home.join("drop")).unwrap();
+        let text = format!(
+            "[engine]\nbase_url = 'http://127.0.0.1:9'\nusername = 'u'\npassword_file = 'password'\n\
+             [dead_letter]\ndirectory = '{shown}/dead'\n[admin]\nlisten = '127.0.0.1:0'\ncontrol = '{shown}/control'\n\
+             [[detectors]]\nname = 'Lobby'\ntime_zone = 'UTC'\ndirectory.path = '{shown}/drop'\n"
+        );
+        let file = home.join("framegate.toml");
+        std::fs::write(&file, text).unwrap();
+        let settings = config::load(&file, &config::Environment::default()).unwrap().settings;
+        let surroundings = Surroundings { config_file: None, log: None, notify: Arc::new(Notify::silent()) };
+        Daemon::start(settings, surroundings).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_part_that_fails_or_ends_by_itself_ends_the_daemon_with_an_error() {
+        type Part = fn(&mut Daemon) -> &mut JoinSet<()>;
+        let parts: [(Part, &str); 3] = [
+            (|it| &mut it.source_tasks, "a source failed"),
+            (|it| &mut it.services, "a service failed"),
+            (|it| &mut it.pipeline, "the pipeline failed"),
+        ];
+        for (part, said) in parts {
+            let home = tempfile::tempdir().unwrap();
+            let mut daemon = daemon(home.path()).await;
+            part(&mut daemon).spawn(async { panic!("on purpose") });
+            let (_reload, reloads) = mpsc::channel(1);
+            let ended = tokio::time::timeout(PATIENCE, daemon.run(CancellationToken::new(), reloads));
+            let error = format!("{:#}", ended.await.expect("it ends by itself").unwrap_err());
+            assert!(error.starts_with(said) && error.contains("on purpose"), "{error}");
+            daemon.stop(CancellationToken::new()).await;
+        }
+    }
 }

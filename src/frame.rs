@@ -60,17 +60,20 @@ pub enum SourceKind {
     Redis,
     /// A NATS `JetStream` consumer.
     Nats,
+    /// An MQTT subscription.
+    Mqtt,
 }
 
 impl SourceKind {
     /// All of them, in the order of their declaration.
-    pub const ALL: [SourceKind; 6] = [
+    pub const ALL: [SourceKind; 7] = [
         SourceKind::Directory,
         SourceKind::CommandLine,
         SourceKind::Retry,
         SourceKind::Push,
         SourceKind::Redis,
         SourceKind::Nats,
+        SourceKind::Mqtt,
     ];
 
     /// The label's value.
@@ -82,6 +85,7 @@ impl SourceKind {
             SourceKind::Push => "push",
             SourceKind::Redis => "redis",
             SourceKind::Nats => "nats",
+            SourceKind::Mqtt => "mqtt",
         }
     }
 

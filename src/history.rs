@@ -41,6 +41,8 @@ pub struct Now {
     pub rate: f64,
     /// Mean way from noticed to accepted of the last frames; `None`: none in the last hour.
     pub delivery: Option<Duration>,
+    /// The longest way in this step and the one before; `None`: no frame in them.
+    pub delivery_max: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -135,7 +137,8 @@ impl Track {
             }
             (_, _) => 0.0,
         };
-        Now { rate, delivery: self.delivery }
+        let max = self.steps.back().map_or(Duration::ZERO, |step| step.delivery_max).max(self.open.delivery_max);
+        Now { rate, delivery: self.delivery, delivery_max: (!max.is_zero()).then_some(max) }
     }
 }
 
@@ -164,11 +167,15 @@ mod tests {
         run(&history, &metrics, &mut now, &[5; 40]);
         assert!((history.now("Cam").rate - 5.0).abs() < 0.01);
         assert_eq!(history.now("Cam").delivery, Some(Duration::from_millis(5)));
+        assert_eq!(history.now("Cam").delivery_max, Some(Duration::from_millis(5)));
         let hour = history.hour("Cam");
         assert_eq!(hour.iter().map(|step| step.published).sum::<u64>(), 200);
         assert_eq!((hour.len(), hour[0].published), (2, 150), "{hour:?}");
         run(&history, &metrics, &mut now, &[0; 20]);
         assert!(history.now("Cam").rate.abs() < f64::EPSILON);
+        run(&history, &metrics, &mut now, &[0; 60]);
+        assert_eq!(history.now("Cam").delivery_max, None, "that was longer ago than two steps");
+        assert_eq!(history.now("Cam").delivery, Some(Duration::from_millis(5)));
         run(&history, &metrics, &mut now, &vec![1; 4000]);
         let hour = history.hour("Cam");
         assert_eq!((hour.len(), hour[0].published), (STEPS, 30), "bounded, and the oldest are gone");

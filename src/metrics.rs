@@ -53,7 +53,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
         "Frames given back to their source when the daemon stopped, the source was removed, or they could not be read.",
     ),
     ("frames_pending", G, "Frames accepted and not yet published, dead-lettered, dropped or returned."),
-    ("frames_refused_total", C, "Entries that were never accepted (a symlink, a FIFO and the like), by reason."),
+    (
+        "frames_refused_total",
+        C,
+        "Entries that were never accepted (a symlink, a FIFO, a retained message and the like), by reason.",
+    ),
     ("frames_in_flight", G, "Frames being posted to the engine right now."),
     ("published_bytes_total", C, "Bytes of the images that the engine accepted."),
     ("publish_attempts_total", C, "Requests to publish, by status code, or timeout, connect, tls or reset."),
@@ -81,6 +85,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ),
     ("detect_times_corrected_total", C, "Detection times that were absurd and replaced by the time of arrival."),
     ("redelivered_total", C, "Messages that a broker delivered again."),
+    ("sessions_lost_total", C, "Times that a broker had forgotten our session, and with it what waited there for us."),
     ("lost_upstream_total", C, "Messages that a broker took away before they were ours: a stream was trimmed."),
     ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
@@ -90,7 +95,7 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("dead_letters", G, "Dead letters kept."),
     ("dead_letter_bytes", G, "Bytes that the dead letters take."),
     ("dead_letters_purged_total", C, "Dead letters removed to keep the bounds, by reason: age or size."),
-    ("spool_frames", G, "Pushed frames in the spool that are not yet settled."),
+    ("spool_frames", G, "Frames in the spool that are not yet settled."),
     ("spool_bytes", G, "Bytes that the spool takes on disk."),
     ("spool_max_bytes", G, "spool.max_size: bytes that the spool may take."),
     ("spool_syncs_total", C, "Groups of frames that were made durable together."),
@@ -99,6 +104,65 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("config_last_reload_success_timestamp_seconds", G, "When a configuration was last applied."),
     ("build_info", G, "1, with the version."),
 ];
+
+/// The labels of those that have some. `detector` is the only one whose values come from outside.
+const LABELS: &[(&str, &[&str])] = &[
+    ("frames_received_total", &["detector", "source"]),
+    ("frames_published_total", &["detector"]),
+    ("frames_dead_lettered_total", &["detector", "reason"]),
+    ("frames_dropped_total", &["detector", "reason"]),
+    ("frames_returned_total", &["detector"]),
+    ("frames_pending", &["detector"]),
+    ("frames_refused_total", &["detector", "reason"]),
+    ("published_bytes_total", &["detector"]),
+    ("publish_attempts_total", &["result"]),
+    ("publish_retries_total", &["reason"]),
+    ("frame_delivery_seconds", &["detector"]),
+    ("frame_age_seconds", &["detector"]),
+    ("engine_state", &["state"]),
+    ("token_refreshes_total", &["kind", "result"]),
+    ("detector_up", &["detector"]),
+    ("detector_last_frame_timestamp_seconds", &["detector"]),
+    ("detector_silence_alarm_seconds", &["detector"]),
+    ("redelivered_total", &["detector"]),
+    ("lost_upstream_total", &["detector", "reason"]),
+    ("settle_errors_total", &["operation"]),
+    ("dead_letters_purged_total", &["reason"]),
+    ("push_answers_total", &["status"]),
+    ("config_reloads_total", &["result"]),
+    ("build_info", &["version"]),
+];
+
+/// What there is to know about a metric, for its reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Described {
+    /// With the prefix left out.
+    pub name: &'static str,
+    /// In Prometheus' words.
+    pub kind: &'static str,
+    /// Of a histogram, in seconds.
+    pub buckets: &'static [f64],
+    /// Names of its labels.
+    pub labels: &'static [&'static str],
+    /// What it says.
+    pub help: &'static str,
+}
+
+/// Every metric of ours, in the order of the table.
+pub fn described() -> impl Iterator<Item = Described> {
+    TABLE.iter().map(|&(name, kind, help)| {
+        let (kind, buckets): (_, &[f64]) = match kind {
+            C => ("counter", &[]),
+            G => ("gauge", &[]),
+            H(buckets) => ("histogram", buckets),
+        };
+        Described { name, kind, buckets, labels: labels_of(name), help }
+    })
+}
+
+fn labels_of(name: &str) -> &'static [&'static str] {
+    LABELS.iter().find(|(of, _)| *of == name).map_or(&[], |(_, labels)| labels)
+}
 
 /// All metrics of one daemon. Handles for what is hot are looked up once, here or in [`DetectorMetrics`].
 pub struct Metrics {
@@ -281,6 +345,39 @@ pub struct DetectorCounts {
     pub last_frame_ms: Option<i64>,
 }
 
+/// How a detector is, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Condition {
+    /// Its source cannot deliver.
+    Held,
+    /// Longer than its `silence_alarm` without a frame.
+    Silent,
+    /// Neither.
+    Well,
+}
+
+impl Condition {
+    /// In a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Condition::Held => "held",
+            Condition::Silent => "silent",
+            Condition::Well => "well",
+        }
+    }
+}
+
+impl DetectorCounts {
+    /// How the detector is.
+    pub fn condition(&self) -> Condition {
+        match (self.up, self.silent) {
+            (false, _) => Condition::Held,
+            (true, true) => Condition::Silent,
+            (true, false) => Condition::Well,
+        }
+    }
+}
+
 /// Handles with labels of few values, one for each, registered when first used.
 struct RecorderParts {
     received: [Counter; SourceKind::ALL.len()],
@@ -293,7 +390,7 @@ struct RecorderParts {
 /// The reasons of `frames_dropped_total`.
 pub const DROP_REASONS: [&str; 3] = ["max-age", "vanished", "purged"];
 /// The reasons of `frames_refused_total`.
-pub const REFUSAL_REASONS: [&str; 10] = [
+pub const REFUSAL_REASONS: [&str; 12] = [
     "symlink",
     "fifo",
     "socket",
@@ -304,6 +401,8 @@ pub const REFUSAL_REASONS: [&str; 10] = [
     "other-filesystem",
     "too-large",
     "no-name",
+    "retained",
+    "other-topic",
 ];
 
 /// A source's service of a detector; dropped, the source has left it.
@@ -450,6 +549,16 @@ impl DetectorMetrics {
         Serving(self.clone())
     }
 
+    /// Whether a source serves the detector now. One whose entry a reload took away has nothing but its counts left.
+    pub fn is_served(&self) -> bool {
+        self.served_by().sources > 0
+    }
+
+    /// The alarm of the entry that serves it.
+    pub fn alarm(&self) -> Option<Duration> {
+        self.served_by().alarm
+    }
+
     /// Longer than its alarm without a frame.
     fn is_silent(&self) -> bool {
         let served = self.served_by();
@@ -511,6 +620,10 @@ fn known(name: &str) {
 }
 
 fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
+    debug_assert!(
+        labels.iter().map(|(label, _)| label).eq(labels_of(name)),
+        "the labels of {name} are not in the table"
+    );
     let labels: Vec<Label> = labels.iter().map(|(k, v)| Label::new(*k, (*v).to_owned())).collect();
     Key::from_parts(format!("framegate_{name}"), labels)
 }

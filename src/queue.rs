@@ -141,6 +141,23 @@ impl Intake {
         drop(state);
         shared.wake.notify_one();
     }
+
+    /// Shows how full the queue is.
+    pub fn meter(&self) -> Meter {
+        Meter(self.door.shared.clone())
+    }
+}
+
+/// Shows how full the queue is, and keeps it open for nobody.
+#[derive(Clone)]
+pub struct Meter(Arc<Shared>);
+
+impl Meter {
+    /// Bytes that the frames in hand take, and those that they may take.
+    pub fn bytes(&self) -> (u64, u64) {
+        let state = self.0.lock();
+        (state.in_use, state.budget)
+    }
 }
 
 impl Ready {

@@ -6,6 +6,7 @@ pub mod directory;
 mod inbox;
 mod lanes;
 mod message;
+pub mod mqtt;
 mod name;
 pub mod nats;
 pub mod push;
@@ -64,6 +65,8 @@ pub enum Config {
     Redis(redis::Config),
     /// A NATS `JetStream` consumer.
     Nats(nats::Config),
+    /// An MQTT subscription.
+    Mqtt(mqtt::Config),
 }
 
 impl Config {
@@ -74,6 +77,7 @@ impl Config {
             Config::Push(_) => "push",
             Config::Redis(_) => "redis",
             Config::Nats(_) => "nats",
+            Config::Mqtt(_) => "mqtt",
         }
     }
 
@@ -99,6 +103,11 @@ impl Config {
                 levels: Some("subject"),
                 fields: &["field.detectorName"],
                 hint: "a subject's detector knows {subject.0}, {subject.1} and so on: the subject's parts; and {field.detectorName}",
+            },
+            Config::Mqtt(_) => Placeholders {
+                levels: Some("topic"),
+                fields: &["field.detectorName"],
+                hint: "a topic's detector knows {topic.0}, {topic.1} and so on: the topic's levels; and {field.detectorName}",
             },
         }
     }
@@ -128,6 +137,7 @@ impl Config {
             Config::Directory(_) | Config::Push(_) => Vec::new(),
             Config::Redis(config) => config.faults(),
             Config::Nats(config) => config.faults(),
+            Config::Mqtt(config) => config.faults(),
         }
     }
 
@@ -135,8 +145,9 @@ impl Config {
     pub fn files(&self) -> Vec<(&'static str, &Path, bool)> {
         let files: Vec<(&'static str, &Option<PathBuf>, bool)> = match self {
             Config::Directory(_) | Config::Push(_) => Vec::new(),
-            Config::Redis(it) => {
-                vec![("password_file", &it.password_file, true), ("ca_file", &it.ca_file, false)]
+            Config::Redis(redis::Config { password_file, ca_file, .. })
+            | Config::Mqtt(mqtt::Config { password_file, ca_file, .. }) => {
+                vec![("password_file", password_file, true), ("ca_file", ca_file, false)]
             }
             Config::Nats(it) => vec![
                 ("password_file", &it.password_file, true),
@@ -154,18 +165,42 @@ impl Config {
             Config::Directory(_) | Config::Push(_) => Vec::new(),
             Config::Redis(config) => config.describe(),
             Config::Nats(config) => config.describe(),
+            Config::Mqtt(config) => config.describe(),
         }
     }
 
-    /// What two entries may not share: each frame would go to one of them only, and which is chance.
-    pub fn shared(&self) -> Option<String> {
+    /// Connects to where frames come from, takes and makes nothing, and says what there is, or what stands in the way;
+    /// `None`: there is nothing to connect to.
+    pub async fn reach(&self, files: &Files<'_>) -> Option<anyhow::Result<String>> {
         match self {
             Config::Directory(_) | Config::Push(_) => None,
-            Config::Redis(it) => Some(format!("{} {} {}", it.url, it.stream, it.group)),
-            Config::Nats(it) => Some(format!("{} {} {}", it.url, it.stream, it.consumer)),
+            Config::Redis(config) => Some(redis::reach(config, files).await),
+            Config::Nats(config) => Some(nats::reach(config, files).await),
+            Config::Mqtt(config) => Some(mqtt::reach(config, files).await),
+        }
+    }
+
+    /// What two entries may not share, and what would come of it.
+    pub fn shared(&self) -> Option<(String, Fault)> {
+        let messages = || {
+            let wrong = "reads the same messages as another entry: each goes to one of the two, by chance";
+            Fault::new("", wrong, "keep one entry; its name may hold placeholders")
+        };
+        match self {
+            Config::Directory(_) | Config::Push(_) => None,
+            Config::Redis(it) => Some((format!("{} {} {}", it.url, it.stream, it.group), messages())),
+            Config::Nats(it) => Some((format!("{} {} {}", it.url, it.stream, it.consumer), messages())),
+            Config::Mqtt(it) => {
+                let wrong = "has the client_id of another entry: the broker lets only one of the two in at a time";
+                let fault = Fault::new("client_id", wrong, "give each entry a client_id of its own");
+                Some((format!("{} {}", it.url, it.client_id()), fault))
+            }
         }
     }
 }
+
+/// Where secret and CA files are now.
+pub type Files<'a> = dyn Fn(&Path) -> PathBuf + Send + Sync + 'a;
 
 /// What a source of messages works with.
 pub struct Surroundings {
@@ -186,7 +221,7 @@ pub struct Surroundings {
     /// The push server; there if `[push]` says where to listen.
     pub push: Option<Arc<push::Door>>,
     /// Where its secret and CA files are now; asked again at each connection, since files may change.
-    pub files: Arc<dyn Fn(&Path) -> PathBuf + Send + Sync>,
+    pub files: Arc<Files<'static>>,
     /// Cancelled: take nothing more, settle what is in hand, give the rest back, and return.
     pub stop: CancellationToken,
 }
@@ -199,6 +234,7 @@ impl Entry {
             Config::Push(config) => config.place(),
             Config::Redis(config) => config.place(),
             Config::Nats(config) => config.place(),
+            Config::Mqtt(config) => config.place(),
         }
     }
 
@@ -206,43 +242,43 @@ impl Entry {
     pub fn directory(&self) -> Option<&directory::Config> {
         match &self.source {
             Config::Directory(config) => Some(config),
-            Config::Push(_) | Config::Redis(_) | Config::Nats(_) => None,
+            Config::Push(_) | Config::Redis(_) | Config::Nats(_) | Config::Mqtt(_) => None,
         }
     }
 }
 
 /// The keys of an entry that name its source: exactly one of them is written.
-pub const SOURCE_KEYS: [&str; 4] = ["directory", "push", "redis", "nats"];
+pub const SOURCE_KEYS: [&str; 5] = ["directory", "push", "redis", "nats", "mqtt"];
 
 /// An [`Entry`] as it stands in a file.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Entry")]
 struct Written {
-    /// The engine's `detectorName`. May hold placeholders: `{path.0}`, the first directory below `path`; `{subject.1}`,
-    /// a part of a NATS subject; `{field.detectorName}` of a Redis stream or NATS message;
-    /// `{detectorName}` of a pushed frame.
+    /// The engine's `detectorName`. Must be set. May hold placeholders: `{path.0}`, the first directory below `path`; `{subject.1}`,
+    /// a part of a NATS subject; `{topic.1}`, a level of an MQTT topic; `{field.detectorName}` of a Redis stream's, NATS or
+    /// MQTT message; `{detectorName}` of a pushed frame.
     name: String,
-    /// IANA time zone of the detector.
+    /// The detector's IANA time zone, letter for letter, as `America/Los_Angeles`. Must be set.
     time_zone: String,
-    /// Attempts per second; 0 means no limit.
+    /// Attempts per second for this detector; 0: no limit but that of `[publish]`.
     rate: f64,
-    /// Turns against the other detectors; at least 1.
+    /// Turns that it gets for one of a detector with weight 1; at least 1.
     weight: u32,
     /// Which waiting frame goes first.
     order: Order,
-    /// Frames older than this are dropped, and counted; 0 means never.
+    /// Frames older than this are dropped and counted; 0: none is ever too old.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     max_age: Duration,
-    /// Say so when no frame came for this long.
+    /// Say so (log, metrics, status) when no frame came for this long. Without it, silence is no trouble.
     #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     silence_alarm: Option<Duration>,
-    /// The drop directory.
+    /// A drop directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     directory: Option<directory::Config>,
-    /// Frames that others push over HTTP.
+    /// Frames that others push to where `[push]` listens; written `push = {}`.
     #[serde(skip_serializing_if = "Option::is_none")]
     push: Option<push::Config>,
     /// A Redis stream, read as one of a consumer group.
@@ -251,6 +287,9 @@ struct Written {
     /// A NATS `JetStream` consumer.
     #[serde(skip_serializing_if = "Option::is_none")]
     nats: Option<nats::Config>,
+    /// An MQTT subscription.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mqtt: Option<mqtt::Config>,
 }
 
 impl Default for Written {
@@ -267,6 +306,7 @@ impl Default for Written {
             push: None,
             redis: None,
             nats: None,
+            mqtt: None,
         }
     }
 }
@@ -274,26 +314,45 @@ impl Default for Written {
 impl Entry {
     /// Of these, the one that a detector of this name belongs to: by its whole name, else by what stands around placeholders.
     pub fn of<'a>(detector: &str, entries: &'a [Entry]) -> Option<&'a Entry> {
-        let family = |entry: &&Entry| {
-            let (Some(open), Some(close)) = (entry.name.find('{'), entry.name.rfind('}')) else { return false };
-            let rest = detector.strip_prefix(&entry.name[..open]);
-            rest.is_some_and(|rest| !rest.is_empty() && rest.ends_with(&entry.name[close + 1..]))
-        };
-        entries.iter().find(|entry| entry.name == detector).or_else(|| entries.iter().find(family))
+        of_name(detector, entries, |entry| &entry.name)
     }
+}
+
+/// [`Entry::of`], for whatever has an entry's name.
+pub fn of_name<'a, T>(detector: &str, all: &'a [T], name: impl Fn(&T) -> &str) -> Option<&'a T> {
+    let family = |it: &&T| {
+        let name = name(it);
+        let (Some(open), Some(close)) = (name.find('{'), name.rfind('}')) else { return false };
+        let rest = detector.strip_prefix(&name[..open]);
+        rest.is_some_and(|rest| !rest.is_empty() && rest.ends_with(&name[close + 1..]))
+    };
+    all.iter().find(|it| name(it) == detector).or_else(|| all.iter().find(family))
 }
 
 impl TryFrom<Written> for Entry {
     type Error = String;
 
     fn try_from(written: Written) -> Result<Self, String> {
-        let Written { name, time_zone, rate, weight, order, max_age, silence_alarm, directory, push, redis, nats } =
-            written;
+        let Written {
+            name,
+            time_zone,
+            rate,
+            weight,
+            order,
+            max_age,
+            silence_alarm,
+            directory,
+            push,
+            redis,
+            nats,
+            mqtt,
+        } = written;
         let sources = [
             directory.map(Config::Directory),
             push.map(Config::Push),
             redis.map(Config::Redis),
             nats.map(Config::Nats),
+            mqtt.map(Config::Mqtt),
         ];
         let mut sources = sources.into_iter().flatten();
         let (Some(source), None) = (sources.next(), sources.next()) else {
@@ -312,6 +371,7 @@ impl From<Entry> for Written {
             Config::Push(config) => Self { push: Some(config), ..written },
             Config::Redis(config) => Self { redis: Some(config), ..written },
             Config::Nats(config) => Self { nats: Some(config), ..written },
+            Config::Mqtt(config) => Self { mqtt: Some(config), ..written },
         }
     }
 }
@@ -323,6 +383,7 @@ pub async fn serve(around: Surroundings) {
         Config::Push(_) => push::run(around).await,
         Config::Redis(config) => redis::run(config, around).await,
         Config::Nats(config) => nats::run(config, around).await,
+        Config::Mqtt(config) => mqtt::run(config, around).await,
     }
 }
 
@@ -334,6 +395,15 @@ const AHEAD_MAX: Duration = Duration::from_mins(5);
 /// Whether a frame can have been detected then.
 fn believable(detect_time: Timestamp, now: Timestamp) -> bool {
     detect_time.as_second() >= EARLIEST_SECONDS && detect_time <= now + AHEAD_MAX
+}
+
+/// When a frame was detected by what it says itself, unless that is absurd, which is counted.
+fn believed(said: Option<Timestamp>, now: Timestamp, metrics: &Metrics) -> Option<Timestamp> {
+    let believed = said.filter(|time| believable(*time, now));
+    if said.is_some() && believed.is_none() {
+        metrics.counter("detect_times_corrected_total", &[]).increment(1);
+    }
+    believed
 }
 
 /// Which waiting frame of a detector goes first.

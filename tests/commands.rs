@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -19,11 +19,12 @@ use support::{Daemon, PATIENCE, Site, eventually, files_below};
 /// What should take moments, but is not worth a test's whole patience.
 const SOON: Duration = Duration::from_secs(15);
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 15] = [
     "run",
     "check",
     "reload",
     "status",
+    "top",
     "doctor",
     "publish",
     "dead-letter",
@@ -112,6 +113,54 @@ fn publish_sends_files_and_directories_keeps_them_and_tells_what_failed_and_why(
     assert_eq!(failed.status.code(), Some(1));
     assert!(text_of(&failed.stderr).contains("/nowhere/at/all.jpg"));
     engine.contract_held();
+}
+
+#[test]
+fn publish_finds_the_detection_time_as_the_detectors_entry_says() {
+    let engine = Engine::start();
+    let by_name = r"directory.detect_time = { name = '(?<time>\d{14})', format = '%Y%m%d%H%M%S' }";
+    let site = Site::new(&engine.base_url()).detector("Lobby", "America/Los_Angeles", by_name);
+    site.write_config();
+    let photo = |name: &str| {
+        let path = site.path().join(name);
+        fs::write(&path, image(1)).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    said(&site, &["publish", &photo("cam_20251123030000.jpg")]);
+    assert_eq!(engine.accepted().pop().unwrap().time.to_string(), "2025-11-23T11:00:00Z");
+
+    let unset = photo("no time.jpg");
+    fs::File::options().write(true).open(&unset).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    said(&site, &["publish", &unset]);
+    let time = engine.accepted().pop().unwrap().time.to_string();
+    assert!(!time.starts_with("1970"), "an absurd one is replaced: {time}");
+}
+
+#[test]
+fn an_interrupted_publish_reads_nothing_more_and_says_what_was_left() {
+    let engine = Engine::start();
+    let site = Site::new(&engine.base_url())
+        .engine_keys("timeout = \"2s\"\nconnect_timeout = \"1s\"")
+        .section("[publish]\nmax_in_flight = 1")
+        .detector("Lobby", "UTC", "");
+    site.write_config();
+    let photos = site.path().join("photos");
+    fs::create_dir(&photos).unwrap();
+    for n in 0..50 {
+        fs::write(photos.join(format!("a{n:02}.jpg")), image(n)).unwrap();
+        fs::write(photos.join(format!("b{n:02}.jpg")), "no image").unwrap();
+    }
+    engine.hold();
+    let mut command = site.command(&["publish", photos.to_str().unwrap()]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    eventually("a frame is under way", PATIENCE, || (engine.counts().in_flight > 0).then_some(()));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    engine.release();
+    assert_eq!(output.status.code(), Some(1), "{}", all_of(&output));
+    let text = text_of(&output.stdout);
+    assert!(text.contains(" of 100 published") && text.contains("not tried"), "{text}");
+    assert!(!text.contains("unsupported"), "{text}");
 }
 
 #[test]
@@ -311,7 +360,8 @@ fn every_command_has_a_help_and_the_whole_names_them_all() {
         assert!(whole.contains(&format!("\n  {command} ")), "{command}: {whole}");
         let help = free(&[command, "--help"]);
         assert!(help.status.success(), "{command}: {}", all_of(&help));
-        assert!(text_of(&help.stdout).contains("Usage:"), "{command}");
+        let help = text_of(&help.stdout);
+        assert!(help.contains("Usage:") && help.contains("Examples:\n"), "{command}: {help}");
     }
     assert!(text_of(&free(&["--version"]).stdout).starts_with("framegate 0."));
     assert_eq!(free(&["frobnicate"]).status.code(), Some(2));

@@ -38,7 +38,7 @@ fn framegate_toml_documents_every_key_of_the_schema_and_no_other() {
         assert!(known.remove(table), "{table}");
         assert!(written.contains(&format!("[{table}]")), "{table}");
     }
-    for queue in ["redis", "nats"] {
+    for queue in ["redis", "nats", "mqtt"] {
         assert!(known.remove(queue), "{queue}");
         assert!(written.contains(&format!("[detectors.{queue}]")), "{queue}");
     }

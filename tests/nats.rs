@@ -7,6 +7,8 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
@@ -134,6 +136,49 @@ fn messages_are_published_as_their_headers_their_subject_or_their_json_say() {
     let (_, status) = daemon.get("/status").unwrap();
     assert!(status.contains(&format!("{} stream FRAMES", nats.url())), "{status}");
     assert!(daemon.stop().success());
+}
+
+#[test]
+fn messages_of_the_public_c_client_are_published_as_their_headers_say() {
+    const TEST: &str = "messages_of_the_public_c_client_are_published_as_their_headers_say";
+    let nats = nats!("messages_of_the_public_c_client_are_published_as_their_headers_say");
+    let client = match c_client(nats.server.dir()) {
+        Ok(client) => client,
+        Err(why) => return skipped(TEST, &why),
+    };
+    nats.make_stream();
+    let engine = Engine::start();
+    let file = nats.server.dir().join("image");
+    let publish = |subject: &str, n: u64, headers: &[&str]| {
+        fs::write(&file, image(n)).unwrap();
+        let sent = Command::new(&client).arg(nats.url()).arg(subject).arg(&file).args(headers).output().unwrap();
+        assert!(sent.status.success(), "{}", String::from_utf8_lossy(&sent.stderr));
+    };
+    publish("frames.Door", 1, &[]);
+    let time = "2026-11-23T11:00:00.123Z";
+    publish("frames.Lobby", 2, &["Detector-Name", "unused", "Iana-Time-Zone", "Asia/Tokyo", "Detect-Time-Utc", time]);
+
+    let site = site(&engine, &nats);
+    let mut daemon = site.run();
+    settled(&nats, &mut daemon);
+    let mut arrived: Vec<_> = engine.accepted().into_iter().map(|it| (it.detector, it.zone, it.sha256)).collect();
+    arrived.sort();
+    let expected = [("Door", "Europe/Paris", 1), ("Lobby", "Asia/Tokyo", 2)];
+    assert_eq!(arrived, expected.map(|(name, zone, n)| (name.to_owned(), zone.to_owned(), hash(&image(n)))));
+    assert!(engine.accepted().iter().any(|it| it.time == time.parse().unwrap()));
+}
+
+/// Builds the publisher of the public C client in this directory.
+fn c_client(directory: &Path) -> Result<PathBuf, String> {
+    if !Path::new("/usr/include/nats/nats.h").exists() {
+        return Err("libnats-dev is not installed".to_owned());
+    }
+    let program = directory.join("nats_publish");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/nats_publish.c");
+    let built = Command::new("cc").arg("-o").arg(&program).args([source, "-lnats"]).output();
+    let built = built.map_err(|error| format!("cc: {error}"))?;
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    Ok(program)
 }
 
 #[test]

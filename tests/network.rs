@@ -316,6 +316,40 @@ fn c18_a_name_that_moves_is_followed_under_load_and_one_that_is_gone_pauses_with
 }
 
 #[test]
+fn c12_a_frame_larger_than_a_proxy_lets_through_is_a_dead_letter_and_the_others_flow() {
+    if !own_network("c12_a_frame_larger_than_a_proxy_lets_through_is_a_dead_letter_and_the_others_flow") {
+        return;
+    }
+    let engine = Engine::start();
+    let address = free_port();
+    let site = site(&format!("http://{address}"));
+    let Some(_nginx) = nginx(site.path(), address, "", "client_max_body_size 64k;", &engine) else {
+        return skipped("c12_…", "needs nginx");
+    };
+    let mut daemon = site.run();
+    // What follows the end of a JPEG belongs to the file.
+    let large = [&image(9000)[..], &vec![0; 5 << 20][..]].concat();
+    put(&site.drop_dir("Lobby"), "large.jpg", &large);
+    let mut written = Vec::new();
+    // It is its fault once others were taken after each of its refusals.
+    eventually("the large one is a dead letter", PATIENCE, || {
+        let n = written.len() as u64;
+        written.push(put_face(&site.drop_dir("Lobby"), n));
+        engine.until_accepted(n + 1);
+        (daemon.metrics().count("framegate_frames_dead_lettered_total", "reason=\"rejected\"") == 1).then_some(())
+    });
+    let samples = daemon.idle(PATIENCE);
+    let doubled = nothing_lost(&[&engine], &written);
+    assert!(doubled <= ambiguous(&samples), "{doubled} came twice");
+    assert_eq!(samples.count("framegate_frames_dead_lettered_total", ""), 1);
+    let letters = site.command(&["dead-letter", "list", "--json"]).output().expect("the binary runs");
+    let letter: serde_json::Value = serde_json::from_slice(&letters.stdout).expect("one letter");
+    assert_eq!((letter["status"].as_u64(), letter["original_name"].as_str()), (Some(413), Some("large.jpg")));
+    let stored = site.dead_letters().join(format!("{}.image", letter["id"].as_str().expect("an id")));
+    assert!(fs::read(stored).expect("its image") == large, "as it was");
+}
+
+#[test]
 fn c19_nginx_closing_idle_connections_after_a_second_costs_no_frame() {
     if !own_network("c19_nginx_closing_idle_connections_after_a_second_costs_no_frame") {
         return;

@@ -228,6 +228,51 @@ fn d4_a_bad_configuration_is_refused_at_a_reload_loudly_and_the_old_one_goes_on(
 }
 
 #[test]
+fn d4_a_reload_that_cannot_be_applied_whole_is_applied_in_no_part() {
+    let (old, new) = (Engine::start(), Engine::start());
+    let site = site(&old).detector("Lobby", "UTC", "");
+    let mut daemon = site.run();
+    let good = fs::read_to_string(site.config()).unwrap();
+    let spool = site.path().join("spool");
+    let bad = format!(
+        "{}\n[spool]\ndirectory = {:?}\n[push]\nlisten = \"systemd\"\n\
+         [[detectors]]\nname = \"{{detectorName}}\"\ntime_zone = \"UTC\"\npush = {{}}\n",
+        good.replace(&old.base_url(), &new.base_url()),
+        spool.to_str().unwrap(),
+    );
+    fs::write(site.config(), bad).unwrap();
+    let refused = output(&site, &["reload"]);
+    let message = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{message}");
+    assert!(message.contains("systemd"), "{message}");
+
+    let written = vec![put_face(&site.drop_dir("Lobby"), 1)];
+    daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&old], &written), 0);
+    assert_eq!(new.counts().authenticate, 0, "nothing of the refused configuration counts");
+    assert!(!spool.exists());
+}
+
+#[test]
+fn d4_who_asks_a_daemon_that_stops_is_told_so_at_once() {
+    let engine = Engine::start();
+    let site = site(&engine).detector("Lobby", "UTC", "");
+    let daemon = site.run();
+    engine.hold();
+    put_face(&site.drop_dir("Lobby"), 1);
+    eventually("the frame is under way", PATIENCE, || (engine.counts().in_flight > 0).then_some(()));
+    daemon.signal(Signal::TERM);
+    eventually("it stops", PATIENCE, || site.log().contains("stopping").then_some(()));
+    for command in ["status", "reload"] {
+        let refused = output(&site, &[command]);
+        let message = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(1), "{message}");
+        assert!(message.contains("the daemon is stopping"), "{command}: {message}");
+    }
+    engine.release();
+}
+
+#[test]
 fn reload_without_a_daemon_says_so_and_fails() {
     let site = Site::new("http://127.0.0.1:9").detector("Lobby", "UTC", "");
     site.write_config();

@@ -31,8 +31,12 @@ const FACES: u64 = 16;
 const FACE_BYTES: usize = 40 * 1024;
 /// How often the display is drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(200);
-/// Without progress for this long, the demo gives up and says what is missing.
+/// How soon a camera that waits for its next frame notices that the demo ends.
+const STOP_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// While frames wait, without progress for this long, the demo gives up and says what is missing.
 const STALLED_AFTER: Duration = Duration::from_mins(1);
+const DELIVERY_SUM: &str = "framegate_frame_delivery_seconds_sum";
+const DELIVERY_COUNT: &str = "framegate_frame_delivery_seconds_count";
 /// Frames that one run may ask for: they are files in the temporary directory until they are published.
 const FRAMES_MAX: u64 = 1_000_000;
 
@@ -119,9 +123,9 @@ async fn demo(
     let (_sighup, reloads) = mpsc::channel(1);
     let started = Instant::now();
     let end = tokio::select! {
-        end = watch(args, &metrics, &camera) => end,
-        () = daemon.run(stop.clone(), reloads) => End::Interrupted,
-        () = interrupted => End::Interrupted,
+        end = watch(args, &metrics, &camera) => Ok(end),
+        ended = daemon.run(stop.clone(), reloads) => ended.map(|()| End::Interrupted),
+        () = interrupted => Ok(End::Interrupted),
     };
     let took = started.elapsed();
     camera.stop.store(true, Ordering::Relaxed);
@@ -130,7 +134,7 @@ async fn demo(
     daemon.stop(hurry).await;
     let text = metrics.render();
     engine.stop().await;
-    finish(args, &status, &text, camera.written.load(Ordering::Relaxed), took, end)
+    finish(args, &status, &text, camera.written.load(Ordering::Relaxed), took, end?)
 }
 
 /// The drop directories and the configuration that serves them.
@@ -181,12 +185,15 @@ impl Camera {
         let faces: Vec<_> = (0..FACES.min(frames)).map(|seed| faces::face(seed, FACE_BYTES)).collect();
         let started = std::time::Instant::now();
         for n in 0..frames {
+            // The first at once, whatever the rate; one that is due after the end of time, never.
+            let due =
+                if n == 0 || rate == 0.0 { Ok(Duration::ZERO) } else { Duration::try_from_secs_f64(n as f64 / rate) };
+            let due = due.unwrap_or(Duration::MAX);
+            while !self.stop.load(Ordering::Relaxed) && started.elapsed() < due {
+                std::thread::sleep(due.saturating_sub(started.elapsed()).min(STOP_LOOK_EVERY));
+            }
             if self.stop.load(Ordering::Relaxed) {
                 break;
-            }
-            if rate > 0.0 {
-                let due = Duration::from_secs_f64(n as f64 / rate);
-                std::thread::sleep(due.saturating_sub(started.elapsed()));
             }
             let pick = |of: usize| usize::try_from(n).unwrap_or(0) % of;
             let dir = &detectors[pick(detectors.len())];
@@ -221,18 +228,20 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
     let mut bars: Vec<ProgressBar> = Vec::new();
     let mut every = tokio::time::interval(DRAW_EVERY);
     let (mut before, mut moved) = (0, Instant::now());
+    let mut latency = Latency::default();
     loop {
         every.tick().await;
         let detectors = metrics.detectors();
         let counts: Vec<_> = detectors.iter().map(|d| d.counts()).collect();
         let settled: u64 = counts.iter().map(|c| c.published + c.dead_lettered).sum();
         let rate = (settled - before) as f64 / DRAW_EVERY.as_secs_f64();
-        if settled != before {
+        let waiting = camera.written.load(Ordering::Relaxed).saturating_sub(settled);
+        if settled != before || waiting == 0 {
             (before, moved) = (settled, Instant::now());
         }
         all.set_position(settled);
-        let waiting = camera.written.load(Ordering::Relaxed).saturating_sub(settled);
-        all.set_message(format!("{rate:.0} frames/s, {waiting} waiting"));
+        let latency = latency.look(&metrics.render());
+        all.set_message(format!("{rate:.0} frames/s, {:.1} ms, {waiting} waiting", latency * 1e3));
         for (n, (detector, count)) in detectors.iter().zip(&counts).enumerate() {
             if bars.len() <= n {
                 bars.push(display.add(ProgressBar::new_spinner().with_style(style("  {msg}"))));
@@ -248,6 +257,26 @@ async fn watch(args: &Args, metrics: &Metrics, camera: &Camera) -> End {
             bars.iter().for_each(ProgressBar::abandon);
             return if stalled { End::Stalled } else { End::Settled };
         }
+    }
+}
+
+/// From noticed to accepted, of late.
+#[derive(Default)]
+struct Latency {
+    /// Seconds and frames of all so far.
+    sum: f64,
+    count: f64,
+    /// Seconds, the mean of the last that came.
+    mean: f64,
+}
+
+impl Latency {
+    fn look(&mut self, metrics: &str) -> f64 {
+        let (sum, count) = (series_sum(metrics, DELIVERY_SUM), series_sum(metrics, DELIVERY_COUNT));
+        if count > self.count {
+            *self = Self { sum, count, mean: (sum - self.sum) / (count - self.count) };
+        }
+        self.mean
     }
 }
 
@@ -273,7 +302,8 @@ fn finish(
     for detector in &status.detectors {
         writeln!(text, "  {:<12} {:>8} published", detector.name, detector.counts.published)?;
     }
-    if let Some(mean) = mean(metrics, "framegate_frame_delivery_seconds") {
+    if published > 0 {
+        let mean = Latency::default().look(metrics);
         writeln!(text, "  {:.1} ms from noticed to accepted on average", mean * 1e3)?;
     }
     writeln!(text, "  {attempts:.0} attempts, {:.0} of them repeated", (attempts - published as f64).max(0.0))?;
@@ -301,7 +331,49 @@ fn series_sum(metrics: &str, name: &str) -> f64 {
     metrics.lines().filter(ours).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
-fn mean(metrics: &str, histogram: &str) -> Option<f64> {
-    let count = series_sum(metrics, &format!("{histogram}_count"));
-    (count > 0.0).then(|| series_sum(metrics, &format!("{histogram}_sum")) / count)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(rate: f64) -> Args {
+        Args { frames: 10, detectors: 1, rate, errors: 0.0 }
+    }
+
+    #[test]
+    fn a_slow_camera_ends_as_soon_as_it_is_stopped_and_no_rate_is_too_small_for_it() {
+        let place = tempfile::tempdir().unwrap();
+        let camera = Camera::default();
+        let directories = [place.path().to_owned()];
+        std::thread::scope(|scope| {
+            let shooting = scope.spawn(|| camera.shoot(&directories, 2, f64::MIN_POSITIVE));
+            while camera.written.load(Ordering::Relaxed) == 0 && !shooting.is_finished() {
+                std::thread::yield_now();
+            }
+            camera.stop.store(true, Ordering::Relaxed);
+            shooting.join().expect("no panic").unwrap();
+        });
+        assert_eq!(camera.written.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn the_latency_shown_is_that_of_the_frames_that_came_since_the_last_look() {
+        let text = |sum: f64, count: u32| {
+            format!("{DELIVERY_SUM}{{detector=\"A\"}} {sum}\n{DELIVERY_COUNT}{{detector=\"A\"}} {count}\n")
+        };
+        let mut latency = Latency::default();
+        let shown =
+            [text(0.0, 0), text(2.0, 4), text(2.0, 4), text(5.0, 5)].map(|text| format!("{:.1}", latency.look(&text)));
+        assert_eq!(shown, ["0.0", "0.5", "0.5", "3.0"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_demo_is_stalled_only_while_frames_wait() {
+        let (args, metrics, camera) = (args(0.001), Metrics::new(), Camera::default());
+        let patience = 10 * STALLED_AFTER;
+        let slow = tokio::time::timeout(patience, watch(&args, &metrics, &camera));
+        assert!(slow.await.is_err(), "nothing is written, so nothing is late");
+        camera.written.store(1, Ordering::Relaxed);
+        let stalled = tokio::time::timeout(patience, watch(&args, &metrics, &camera));
+        assert!(stalled.await == Ok(End::Stalled));
+    }
 }

@@ -4,9 +4,10 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{IsTerminal as _, Read as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +29,8 @@ use crate::metrics::Metrics;
 use crate::publish::{EngineStatus, Outcome, Publisher, State};
 use crate::queue::Taken;
 use crate::settle::Receipt;
+use crate::source::directory::{DetectTime, Finder};
+use crate::source::{self, Entry};
 
 /// Without one acceptance for this long, the rest is given up even if the trouble may pass: somebody is waiting at the terminal.
 const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
@@ -40,8 +44,17 @@ const OPEN_FILES_RESERVED: u64 = 16;
 /// Failures that are listed one by one; the others are only counted.
 const LISTED_MAX: usize = 20;
 
+const EXAMPLES: &str = "\
+Examples:
+  framegate publish face.jpg                          the configuration has one detector
+  framegate publish --detector Lobby a.jpg photos/    directories are searched
+  framegate publish --detector Lobby --time-zone UTC photos/
+
+The files stay where they are. Exit code 0 if all were accepted, 1 otherwise.";
+
 /// Arguments of `framegate publish`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Args {
     #[command(flatten)]
     config: super::ConfigArgs,
@@ -62,19 +75,25 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Err(code) => return Ok(code),
     };
     let _log = log::init(&loaded.settings.log)?;
-    let detector = detector(args, &loaded.settings)?;
+    let whose = whose(args, &loaded.settings)?;
     let files = find(&args.paths)?;
-    super::runtime()?.block_on(publish_all(&loaded.settings, detector, files))
+    super::runtime()?.block_on(publish_all(&loaded.settings, whose, files))
 }
 
-fn detector(args: &Args, settings: &Settings) -> anyhow::Result<Arc<Detector>> {
+/// Whose frames they are, and how their detection time is found.
+struct Whose {
+    detector: Arc<Detector>,
+    finder: Finder,
+}
+
+fn whose(args: &Args, settings: &Settings) -> anyhow::Result<Arc<Whose>> {
     let known: Vec<_> = settings.detectors.iter().filter(|d| !d.name.contains('{')).collect();
     let name = match (&args.detector, known.as_slice()) {
         (Some(name), _) => name.clone(),
         (None, [only]) => only.name.clone(),
         (None, _) => bail!("which detector? add `--detector NAME`; the configuration has {}", known.len()),
     };
-    let entry = known.iter().find(|d| d.name == name);
+    let entry = Entry::of(&name, &settings.detectors);
     let zone = match (&args.time_zone, entry) {
         (Some(zone), _) => zone.clone(),
         (None, Some(entry)) => entry.time_zone.clone(),
@@ -82,14 +101,23 @@ fn detector(args: &Args, settings: &Settings) -> anyhow::Result<Arc<Detector>> {
     };
     jiff::tz::db().get(&zone).with_context(|| format!("`{zone}` is no known IANA time zone"))?;
     let rate = entry.map_or(0.0, |e| e.rate);
-    Ok(Arc::new(Detector { name: name.into(), time_zone: zone.into(), rate, weight: 1 }))
+    let way = if let Some(source::Config::Directory(config)) = entry.map(|e| &e.source) {
+        config.detect_time.clone()
+    } else {
+        // What a queue says of a frame, a file does not.
+        DetectTime::default()
+    };
+    let finder = Finder::new(&way, &zone)?;
+    let detector = Arc::new(Detector { name: name.into(), time_zone: zone.into(), rate, weight: 1 });
+    Ok(Arc::new(Whose { detector, finder }))
 }
 
 /// The files themselves, and the images in directories, in order of their names.
 fn find(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
-        let meta = path.symlink_metadata().with_context(|| format!("cannot read `{}`", path.display()))?;
+        // Who names a link means what it leads to; links that are found in directories are left.
+        let meta = path.metadata().with_context(|| format!("cannot read `{}`", path.display()))?;
         if meta.is_dir() {
             search(path, &mut files)?;
         } else {
@@ -121,23 +149,24 @@ fn search(dir: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<PathBuf>) -> anyhow::Result<ExitCode> {
+async fn publish_all(settings: &Settings, whose: Arc<Whose>, files: Vec<PathBuf>) -> anyhow::Result<ExitCode> {
     let metrics = Metrics::new();
     let max_frame = settings.encode.max_frame.as_u64();
     let encoder = Encoder::start(settings.encode.workers, max_frame, metrics.clone());
     let publish = settings.publish.fitting(OPEN_FILES_RESERVED);
     let publisher = Publisher::new(&settings.engine(), settings.engine_secrets(), &publish, metrics)?;
     let background = CancellationToken::new();
+    let mut interrupts = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let bar = progress_bar(files.len() as u64);
     let (total, started) = (files.len(), Instant::now());
     let mut failed: Vec<(PathBuf, String)> = Vec::new();
 
     let work = async {
         let at_once = publish.max_in_flight.max(IN_HAND_MIN) + 2;
-        let preparing = Cell::new(0);
+        let hand = Hand::default();
         let mut results = futures_util::stream::iter(files)
             .map(|path| async {
-                let result = publish_one(&encoder, &publisher, &detector, &path, max_frame, &preparing).await;
+                let result = publish_one(&encoder, &publisher, &whose, &path, max_frame, &hand).await;
                 (path, result)
             })
             .buffer_unordered(at_once);
@@ -147,11 +176,16 @@ async fn publish_all(settings: &Settings, detector: Arc<Detector>, files: Vec<Pa
         loop {
             let next = tokio::select! {
                 next = results.next() => next,
-                _ = tokio::signal::ctrl_c() => { publisher.stop(); continue }
+                _ = interrupts.recv() => {
+                    hand.stopped.set(true);
+                    publisher.stop();
+                    continue
+                }
                 _ = look.tick(), if !given_up => {
-                    let stuck = preparing.get() == 0 && publisher.is_stuck();
+                    let stuck = hand.preparing.get() == 0 && publisher.is_stuck();
                     if stuck || progress.elapsed() >= GIVE_UP_AFTER {
                         given_up = true;
+                        hand.stopped.set(true);
                         bar.suspend(|| tracing::error!("giving up on the rest: {}", why(&publisher.status(), stuck)));
                         publisher.stop();
                     }
@@ -184,18 +218,29 @@ fn why(status: &EngineStatus, stuck: bool) -> String {
     }
 }
 
-/// `preparing` counts those that are read and encoded: the publisher does not know them yet.
+/// What those who prepare files and who waits for them tell each other.
+#[derive(Default)]
+struct Hand {
+    /// Files that are read and encoded: the publisher does not know them yet.
+    preparing: Cell<usize>,
+    /// No further file is worth being read.
+    stopped: Cell<bool>,
+}
+
 async fn publish_one(
     encoder: &Encoder,
     publisher: &Publisher,
-    detector: &Arc<Detector>,
+    whose: &Arc<Whose>,
     path: &Path,
     max_frame: u64,
-    preparing: &Cell<usize>,
+    hand: &Hand,
 ) -> Result<(), String> {
-    let (detector, owned) = (detector.clone(), path.to_owned());
+    if hand.stopped.get() {
+        return Err(left(&publisher.status(), None));
+    }
+    let (whose, owned) = (whose.clone(), path.to_owned());
     let (tell, told) = std::sync::mpsc::sync_channel(1);
-    let take = Box::new(move |buffer: &mut Vec<u8>| match read(&owned, max_frame, detector, buffer) {
+    let take = Box::new(move |buffer: &mut Vec<u8>| match read(&owned, max_frame, &whose, buffer) {
         Ok(frame) => Taken::Frame(frame, Receipt::new(|_| {})),
         Err(error) => {
             // The receiver outlives the encoder's answer.
@@ -203,9 +248,9 @@ async fn publish_one(
             Taken::Gone
         }
     });
-    preparing.set(preparing.get() + 1);
+    hand.preparing.set(hand.preparing.get() + 1);
     let encoded = encoder.encode(take).await;
-    preparing.set(preparing.get() - 1);
+    hand.preparing.set(hand.preparing.get() - 1);
     match encoded {
         Encoded::Gone => Err(told.try_recv().unwrap_or_else(|_| "could not be read".into())),
         Encoded::Flawed { refusal, receipt, .. } => {
@@ -238,7 +283,7 @@ fn left(status: &EngineStatus, said: Option<String>) -> String {
     }
 }
 
-fn read(path: &Path, max_frame: u64, detector: Arc<Detector>, buffer: &mut Vec<u8>) -> anyhow::Result<Frame> {
+fn read(path: &Path, max_frame: u64, whose: &Whose, buffer: &mut Vec<u8>) -> anyhow::Result<Frame> {
     let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits())?;
     let file = File::options().read(true).custom_flags(nonblock).open(path)?;
     let meta = file.metadata()?;
@@ -249,16 +294,25 @@ fn read(path: &Path, max_frame: u64, detector: Arc<Detector>, buffer: &mut Vec<u
         bail!("too-large: {} bytes; encode.max_frame is {max_frame}", meta.len());
     }
     file.take(max_frame + 1).read_to_end(buffer)?;
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let now = Timestamp::now();
+    // An absurd one is replaced by now, as the daemon would replace it by the time of arrival.
+    let (detect_time, _corrected) = whose.finder.find(name, buffer, nanoseconds(&meta), now, now);
     Ok(Frame {
         id: FrameId::generate(),
-        detector,
-        detect_time: Timestamp::try_from(meta.modified()?)?,
-        received_at: Timestamp::now(),
+        detector: whose.detector.clone(),
+        detect_time,
+        received_at: now,
         noticed: Instant::now(),
         source: SourceKind::CommandLine,
         original_name: OsString::from(path),
         image_bytes: buffer.len() as u64,
     })
+}
+
+/// When it was modified, since 1970.
+fn nanoseconds(meta: &Metadata) -> i64 {
+    meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec())
 }
 
 fn progress_bar(total: u64) -> ProgressBar {
@@ -287,4 +341,20 @@ fn summary(total: usize, took: Duration, failed: &[(PathBuf, String)]) -> anyhow
     }
     super::print(&text)?;
     Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_named_by_a_link_is_searched_and_links_in_it_are_not_followed() {
+        let place = tempfile::tempdir().unwrap();
+        let (real, link) = (place.path().join("real"), place.path().join("link"));
+        std::fs::create_dir(&real).unwrap();
+        std::fs::write(real.join("a.jpg"), "x").unwrap();
+        std::os::unix::fs::symlink("/", real.join("loop.jpg")).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert_eq!(find(std::slice::from_ref(&link)).unwrap(), [link.join("a.jpg")]);
+    }
 }

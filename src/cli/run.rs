@@ -33,9 +33,12 @@ pub(super) fn run(path: &Path) -> anyhow::Result<ExitCode> {
         let (stop, hurry, reloads) = signals()?;
         let mut daemon = Daemon::start(loaded.settings, surroundings).await?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), admin = %daemon.admin(), "framegate is running");
-        daemon.run(stop, reloads).await;
+        let ended = daemon.run(stop, reloads).await;
+        if let Err(error) = &ended {
+            tracing::error!("a part of the daemon has failed, so it stops, for a new start to mend that: {error:#}");
+        }
         daemon.stop(hurry).await;
-        Ok(ExitCode::SUCCESS)
+        Ok(if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     });
     // An encode worker cannot be aborted; what it claims is found at the next start.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));

@@ -1,18 +1,32 @@
 //! `framegate status`: asks the running daemon over its control socket and prints the answer for people or as JSON.
 
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use bytesize::ByteSize;
+use jiff::Timestamp;
+use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
+use crate::admin::page;
 use crate::control::{self, Request};
 use crate::daemon::Status;
 
 /// Longer names are cut, so that a line fits a terminal.
-const NAME_CHARS_MAX: usize = 28;
+const NAME_COLUMNS_MAX: usize = 28;
+
+const EXAMPLES: &str = "\
+Examples:
+  framegate status                      for people
+  framegate status --json | jq .engine  for programs
+  framegate top                         the same, live
+
+Exit code 1 if no daemon can be asked.";
 
 /// Arguments of `framegate status`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Args {
     #[command(flatten)]
     config: super::ConfigArgs,
@@ -26,16 +40,22 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
-    let answer = control::ask(&loaded.settings.admin.control, &Request::Status)?;
+    let socket = &loaded.settings.admin.control;
+    super::print(&if args.json { format!("{:#}\n", answer(socket)?) } else { describe(&ask(socket)?) })
+}
+
+/// The status of the daemon that answers on this socket.
+pub(super) fn ask(socket: &Path) -> anyhow::Result<Status> {
+    serde_json::from_value(answer(socket)?)
+        .context("the daemon's answer is of another version; restart it to run the installed one")
+}
+
+fn answer(socket: &Path) -> anyhow::Result<serde_json::Value> {
+    let answer = control::ask(socket, &Request::Status)?;
     if !answer.ok {
         anyhow::bail!("{}", answer.message);
     }
-    if args.json {
-        return super::print(&format!("{:#}\n", answer.data));
-    }
-    let status: Status = serde_json::from_value(answer.data)
-        .context("the daemon's answer is of another version; restart it to run the installed one")?;
-    super::print(&describe(&status))
+    Ok(answer.data)
 }
 
 fn describe(status: &Status) -> String {
@@ -69,56 +89,65 @@ fn describe(status: &Status) -> String {
         line(format_args!("\nno frame has come yet"));
         return text;
     }
-    let names: Vec<String> = status.detectors.iter().map(|detector| cut(&detector.name)).collect();
-    let width = names.iter().map(|name| name.chars().count()).chain(["detector".len()]).max().unwrap_or(0);
+    let names: Vec<String> = status.detectors.iter().map(|it| cut(&shown(&it.name), NAME_COLUMNS_MAX)).collect();
+    let width = names.iter().map(|name| name.width()).chain(["detector".len()]).max().unwrap_or(0);
+    let now = Timestamp::now();
     line(format_args!(
         "\n{:<width$} {:<6} {:>7} {:>8} {:>8} {:>9} {:>6} {:>9}",
         "detector", "state", "per s", "ms", "pending", "published", "dead", "last"
     ));
     for (detector, name) in status.detectors.iter().zip(names) {
         let counts = &detector.counts;
-        let state = match (counts.up, counts.silent) {
-            (false, _) => "held",
-            (true, true) => "silent",
-            (true, false) => "well",
-        };
+        // `{:<width$}` counts characters, of which some take two columns and some none.
+        let gap = " ".repeat(width - name.width());
         line(format_args!(
-            "{name:<width$} {state:<6} {:>7.1} {:>8} {:>8} {:>9} {:>6} {:>9}",
+            "{name}{gap} {:<6} {:>7.1} {:>8} {:>8} {:>9} {:>6} {:>9}",
+            counts.condition().as_str(),
             detector.rate,
             detector.delivery_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1}")),
             counts.pending,
             counts.published,
             counts.dead_lettered,
-            ago(counts.last_frame_ms),
+            ago(counts.last_frame_ms, now),
         ));
     }
     text
 }
 
-/// A name as a column holds it.
-fn cut(name: &str) -> String {
-    let shown: String = name.escape_debug().collect();
-    if shown.chars().count() <= NAME_CHARS_MAX {
-        return shown;
+/// A name as a line holds it: whatever it is made of, it moves no cursor.
+pub(super) fn shown(name: &str) -> String {
+    name.escape_debug().collect()
+}
+
+/// As much of it as fits into so many columns of a terminal.
+pub(super) fn cut(text: &str, columns: usize) -> String {
+    if text.width() <= columns {
+        return text.to_owned();
     }
-    shown.chars().take(NAME_CHARS_MAX - 1).chain(['…']).collect()
+    let mut left = columns.saturating_sub(1);
+    let fits = |c: &char| {
+        let rest = left.checked_sub(c.width().unwrap_or(0));
+        left = rest.unwrap_or(left);
+        rest.is_some()
+    };
+    text.chars().take_while(fits).chain((columns > 0).then_some('…')).collect()
 }
 
 /// Reasons hold names and paths of others: nothing of theirs moves the cursor.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+pub(super) fn printable(text: &str) -> String {
+    let plain = |c: char| match c {
+        '"' | '\'' | '\\' => vec![c],
+        c if c.is_control() => vec![' '],
+        c => c.escape_debug().collect(),
+    };
+    text.chars().flat_map(plain).collect()
 }
 
 /// How long ago, in its largest unit.
-fn ago(millis: Option<i64>) -> String {
+pub(super) fn ago(millis: Option<i64>, now: Timestamp) -> String {
     let Some(millis) = millis else { return "never".into() };
-    let seconds = (jiff::Timestamp::now().as_millisecond() - millis).max(0) / 1000;
-    match seconds {
-        0..120 => format!("{seconds} s"),
-        120..7200 => format!("{} min", seconds / 60),
-        7200..172_800 => format!("{} h", seconds / 3600),
-        _ => format!("{} d", seconds / 86_400),
-    }
+    let seconds = (now.as_millisecond() - millis).max(0) / 1000;
+    page::span(Duration::from_secs(seconds.unsigned_abs()))
 }
 
 #[cfg(test)]
@@ -147,12 +176,12 @@ mod tests {
     #[test]
     fn columns_stay_in_line_and_within_a_narrow_terminal_whatever_the_names() {
         let long = "x".repeat(300);
-        for names in [vec!["A"], vec!["Lobby", "Tür", "a\nb"], vec![&*long, "B"]] {
+        for names in [vec!["A"], vec!["Lobby", "Tür", "a\nb", "正門カメラ"], vec![&*long, "B"]] {
             let text = describe(&status(&names));
             assert!(!text.contains(['\u{1b}', '\u{7}']), "{text:?}");
             let table: Vec<&str> = text.split("\n\n").nth(1).unwrap().lines().collect();
             assert_eq!(table.len(), names.len() + 1, "{text}");
-            let widths: Vec<usize> = table.iter().map(|line| line.chars().count()).collect();
+            let widths: Vec<usize> = table.iter().map(|line| line.width()).collect();
             assert!(widths.iter().all(|width| *width == widths[0] && *width <= 88), "{widths:?}\n{text}");
         }
         assert!(describe(&status(&[])).contains("no frame has come yet"));

@@ -25,6 +25,9 @@ use super::state::{Change, State};
 use crate::frame::Detector;
 use crate::settle::Refusal;
 
+/// With so many detectors, those that went are looked for; and again at twice as many as were left then.
+const LANES_KEPT: usize = 64;
+
 pub(super) type CaseId = u64;
 
 /// What a waiting case is told; it waits for exactly one at a time.
@@ -125,6 +128,8 @@ pub(super) struct Line {
     concurrency: Concurrency,
     cases: HashMap<CaseId, Case>,
     lanes: HashMap<Arc<str>, Lane>,
+    /// So many lanes may be there before the next look for those that went.
+    lanes_max: usize,
     /// Everything that waits, by ticket.
     waiting: BTreeMap<u64, CaseId>,
     timed: BTreeSet<(Instant, CaseId)>,
@@ -165,6 +170,7 @@ impl Line {
             concurrency: Concurrency::new(settings.max_in_flight),
             cases: HashMap::new(),
             lanes: HashMap::new(),
+            lanes_max: LANES_KEPT,
             waiting: BTreeMap::new(),
             timed: BTreeSet::new(),
             suspects: BTreeSet::new(),
@@ -239,6 +245,9 @@ impl Line {
     pub(super) fn enter(&mut self, detector: &Detector, now: Instant) -> CaseId {
         self.next_id += 1;
         let id = self.next_id;
+        if self.lanes.len() >= self.lanes_max && self.pause.is_none() {
+            self.forget_lanes(now);
+        }
         let lane = self.lanes.entry(detector.name.clone()).or_default();
         if lane.rate.to_bits() != detector.rate.to_bits() {
             lane.rate = detector.rate;
@@ -278,6 +287,12 @@ impl Line {
         if lane.cases == 0 && lane.limit.is_idle(now) && self.pause.is_none() {
             self.lanes.remove(&case.lane);
         }
+    }
+
+    /// Forgets detectors that have nothing here any more and owe no rate limit anything.
+    fn forget_lanes(&mut self, now: Instant) {
+        self.lanes.retain(|_, lane| lane.cases > 0 || !lane.limit.is_idle(now));
+        self.lanes_max = LANES_KEPT.max(2 * self.lanes.len());
     }
 
     /// The case's task was dropped in the middle of its attempt.
@@ -336,7 +351,8 @@ impl Line {
     /// There is a token. `fresh_login`: just from a login.
     pub(super) fn token_ready(&mut self, generation: u64, fresh_login: bool, now: Instant) {
         self.token = Token::Ready { generation, fresh_login, proven: false };
-        if let Some(pause) = &mut self.pause {
+        // A token says nothing about a pause that the engine asked for.
+        if let (Some(pause), true) = (&mut self.pause, self.state != State::Throttled) {
             pause.next_probe = now;
         }
     }

@@ -49,6 +49,22 @@ impl State {
         }
     }
 
+    /// What it means for the frames.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            State::Open => "Frames are published.",
+            State::Unreachable => "Nobody answers. Frames are kept; publishing goes on by itself.",
+            State::Credentials => "The login is refused. Frames are kept; it is tried again by itself.",
+            State::Forbidden => "The engine's user may not publish. Frames are kept.",
+            State::Rejecting => "The engine refuses every frame. Frames are kept.",
+            State::UnexpectedAnswer => {
+                "Somebody else answers in the engine's place. Frames are kept; none is sent there."
+            }
+            State::Throttled => "The engine asked for a pause. Frames are kept; publishing goes on by itself.",
+            State::Failing => "The engine has errors of its own. Frames are kept; publishing goes on by itself.",
+        }
+    }
+
     /// What somebody on site can do about it.
     pub fn advice(self) -> &'static str {
         match self {

@@ -423,6 +423,12 @@ reset, sent             ambiguous
 
     proptest::proptest! {
         #[test]
+        fn c2_no_retry_after_panics_or_is_believed_beyond_its_bound(text in "[0-9]{0,40}|[A-Za-z0-9:, -]{0,40}|\\PC{0,20}", seconds in 0_u64..8_000_000_000) {
+            let now = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            proptest::prop_assert!(parse_retry_after(&text, now).is_none_or(|wait| wait <= RETRY_AFTER_MAX));
+        }
+
+        #[test]
         fn masking_never_fails_and_leaves_nothing(secret in "[a-c\\\\u0é]{1,6}", text in "[a-c\\\\u0é😀]{0,40}") {
             let shown = masked(&text, &secret);
             proptest::prop_assert!(shown == text || shown.contains("***"));

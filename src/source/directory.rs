@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::claim::Root;
 pub use self::config::{AfterPublish, Config, DetectTime, FromName, Watch};
+pub use self::detect_time::Finder;
 pub use self::site::Unsettled;
 use self::site::{Settled, Site, Tally, Via};
 use self::watch::{Event, Events, Watcher};

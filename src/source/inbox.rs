@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use super::message::{self, Image, Known};
-use super::{Entry, Order, Surroundings, Template, believable};
+use super::{Entry, Order, Surroundings, Template, believable, believed};
 use crate::encode::body;
 use crate::frame::{Detector, Frame, FrameId, SourceKind};
 use crate::metrics::{DetectorMetrics, Metrics, Serving};
@@ -378,13 +378,7 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
             let why = format!("{} bytes; `encode.max_frame` is {}", image.len(), self.max_frame);
             flaw = Some(refusal(Reason::TooLarge, why));
         }
-        let detect_time = known.detect_time.filter(|time| {
-            let believed = believable(*time, now);
-            if !believed {
-                self.metrics.counter("detect_times_corrected_total", &[]).increment(1);
-            }
-            believed
-        });
+        let detect_time = believed(known.detect_time, now, &self.metrics);
         let broker_time = if believable(broker_time, now) { broker_time } else { now };
         let line = (
             filled.unwrap_or_else(|| self.entry.name.clone()),
@@ -525,19 +519,25 @@ pub(super) fn refusal(reason: Reason, message: String) -> Refusal {
 /// bytes are part of it.
 fn id_of<K>(entry: &Entry, message: &Message<K>) -> FrameId {
     let Message { name, payload, beside, broker_time, .. } = message;
-    let mut context = Context::new(&SHA256);
     let place = entry.place();
     let length = payload.len().to_le_bytes();
     let fields = beside.iter().map(|it| it.as_deref().unwrap_or_default().as_bytes());
     let tail = &payload[payload.len().saturating_sub(DIGEST_TAIL)..];
-    for part in [place.as_bytes(), name.as_bytes(), &length, tail].into_iter().chain(fields) {
+    let parts = [place.as_bytes(), name.as_bytes(), &length, tail].into_iter().chain(fields);
+    id_of_parts(u64::try_from(broker_time.as_millisecond()).unwrap_or(0), parts)
+}
+
+/// The same for the same parts.
+pub(super) fn id_of_parts<'a>(millis: u64, parts: impl Iterator<Item = &'a [u8]>) -> FrameId {
+    let mut context = Context::new(&SHA256);
+    for part in parts {
         context.update(part);
         context.update(b"\0");
     }
     let digest = context.finish();
     let mut short = [0; 10];
     short.copy_from_slice(&digest.as_ref()[..10]);
-    FrameId::derived(u64::try_from(broker_time.as_millisecond()).unwrap_or(0), short)
+    FrameId::derived(millis, short)
 }
 
 #[cfg(test)]

@@ -11,8 +11,15 @@ use serde::de::{Deserializer as _, Error, IgnoredAny, MapAccess, Visitor};
 
 /// The longest detector name, in bytes.
 const NAME_BYTES_MAX: usize = 255;
+/// Bytes around the base64 of an image: names, zone, time, and some white space.
+const AROUND_BYTES_MAX: u64 = 64 << 10;
 /// How much of a wrong value is told, in characters.
 const SHOWN_CHARS_MAX: usize = 60;
+
+/// Bytes of the largest message whose image has at most `max_frame`.
+pub(super) fn bytes_max(max_frame: u64) -> u64 {
+    max_frame.div_ceil(3) * 4 + AROUND_BYTES_MAX
+}
 
 /// What a frame says about itself; what it leaves out, its detector's entry says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -229,6 +236,24 @@ mod tests {
         let beside = Known::from_fields(Some("Beside"), None, Some("UTC")).unwrap();
         let (_, known) = payload(br#"{"expanded":"AAAA","detectorName":"Inside"}"#, beside).unwrap();
         assert_eq!((known.detector_name.as_deref(), known.time_zone.as_deref()), (Some("Inside"), Some("UTC")));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_payload_panics_and_no_flaw_is_long(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300),
+            field in "expanded|detectorName|ianaTimeZone|detectTimeUtc|[\\PC\n]{0,400}",
+            value in "\\PC{0,400}",
+        ) {
+            let object = serde_json::json!({ "expanded": "AAAA", field: value }).to_string();
+            for payload in [&bytes[..], &[b"{", &bytes[..]].concat(), object.as_bytes()] {
+                for read in [self::payload(payload, Known::default()), json(payload)] {
+                    let Err(flaw) = read else { continue };
+                    proptest::prop_assert!(flaw.to_string().chars().count() < 300, "{}", flaw);
+                    proptest::prop_assert!(!flaw.to_string().contains('\n'), "{}", flaw);
+                }
+            }
+        }
     }
 
     #[test]

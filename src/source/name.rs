@@ -121,6 +121,16 @@ mod tests {
         assert_eq!(template.fill(&[b"s"], |_| Some(String::new())), None, "an empty field is none");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_name_and_no_path_panics(name in "[{}a.0-9pathÄ]{0,30}", path in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..60)) {
+            let Ok(template) = Template::parse(&name, PATH) else { return Ok(()) };
+            let levels: Vec<&[u8]> = path.split(|b| *b == b'/').collect();
+            let filled = template.fill(&levels, |_| None);
+            proptest::prop_assert!(!template.is_fixed() || filled.as_deref() == Some(&*name));
+        }
+    }
+
     #[test]
     fn what_is_not_known_or_not_closed_is_refused() {
         for name in

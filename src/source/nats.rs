@@ -22,7 +22,7 @@ pub use self::config::Config;
 use self::link::{Came, Link, Reply};
 use super::inbox::{Inbox, Message, News, Verdict};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::Disposition;
 
@@ -63,6 +63,13 @@ pub async fn run(config: Config, around: Surroundings) {
             return;
         }
     }
+}
+
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let is_there = Link::connect(config, files).await?.has_consumer(config).await?;
+    let consumer = if is_there { "is there" } else { "will be made" };
+    Ok(format!("it lets us in, its stream is there, consumer {} {consumer}", config.consumer))
 }
 
 struct Source {
@@ -281,18 +288,19 @@ impl Source {
     }
 
     fn is_well(&mut self) {
+        // First: who sees it ready sees it up.
+        self.inbox.up(true);
         if self.around.health.set(State::Ok) {
             tracing::info!(detector = %self.around.entry.name, place = %self.config.place(), consumer = %self.config.consumer, "pulling from the stream");
         }
-        self.inbox.up(true);
     }
 
     fn hold(&mut self, why: &str) {
         let why = format!("{}: {why}", self.config.place());
+        self.inbox.up(false);
         if self.around.health.set(State::Held(why.clone())) {
             tracing::warn!(detector = %self.around.entry.name, "held: {why}");
         }
-        self.inbox.up(false);
     }
 }
 

@@ -9,11 +9,12 @@ mod call;
 mod server;
 mod token;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -22,18 +23,19 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
-pub use self::server::{serve, take_inherited};
+pub use self::server::{Inherited, serve, take_inherited};
 use self::token::Tokens;
+use super::message;
 use super::spool::Spool;
 use super::{Config as SourceConfig, Entry, State, Surroundings, Template};
-use crate::metrics::Metrics;
+use crate::metrics::{DetectorMetrics, Metrics, Serving};
 
 /// How often an entry looks whether the server and the spool are well.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Bytes of requests in memory at once, unless two of the largest need more; who sends beyond is answered 429.
 const BODIES_BYTES_MAX: u64 = 64 << 20;
-/// Bytes around the base64 of a pushed image: names, zone, time, and some white space.
-const AROUND_BYTES_MAX: u64 = 64 << 10;
+/// Detectors of one entry whose state and silence are shown.
+const MEMBERS_MAX: usize = 1000;
 
 /// `[detectors.push]`: nothing of its own; where to listen is said in `[push]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -51,19 +53,20 @@ impl Config {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Server {
-    /// `unix:/run/framegate/push.sock`, an address and port, or `systemd` for the socket of that unit.
+    /// A Unix socket (`unix:/run/framegate/push.sock`, for framegate's user and group), an address and port, or `systemd` for the
+    /// socket of `framegate-push.socket`. Needed where an entry has `push`. Changes with a restart only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
-    /// The account that pushes.
+    /// The account that pushes. It and the certificate are needed for any other address than loopback.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
-    /// A file with its password.
+    /// A file with its password, looked up like the engine's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
-    /// Our certificate and those between it and its CA (PEM).
+    /// Our certificate and those between it and its CA (a PEM file). Read again at a reload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_cert_file: Option<PathBuf>,
-    /// Its private key (PEM).
+    /// Its private key (a PEM file), looked up like `password_file`. Read again at a reload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_key_file: Option<PathBuf>,
 }
@@ -142,6 +145,34 @@ pub struct Door {
     address: Mutex<Option<String>>,
     /// Whether that can be reached from the network.
     for_strangers: AtomicBool,
+    /// By the name of their entry as it is written.
+    members: Mutex<HashMap<String, Arc<Members>>>,
+}
+
+/// The detectors of one entry: the one of its name, or those of a family that frames were pushed for.
+struct Members {
+    metrics: Arc<Metrics>,
+    silence_alarm: Option<Duration>,
+    detectors: Mutex<HashMap<String, (Arc<DetectorMetrics>, Serving)>>,
+}
+
+impl Members {
+    /// There is a detector of this name.
+    fn heard(&self, detector: &str) {
+        let mut detectors = lock(&self.detectors);
+        if detectors.len() < MEMBERS_MAX && !detectors.contains_key(detector) {
+            let counts = self.metrics.detector(detector);
+            counts.up(true);
+            let serving = counts.serve(self.silence_alarm);
+            detectors.insert(detector.to_owned(), (counts, serving));
+        }
+    }
+
+    fn up(&self, up: bool) {
+        for (counts, _) in lock(&self.detectors).values() {
+            counts.up(up);
+        }
+    }
 }
 
 /// Where secret and CA files are now.
@@ -159,7 +190,7 @@ struct Route {
 impl Door {
     /// A door that nobody has opened: [`serve`] does.
     pub fn new(config: &Server, files: Files, spool: Arc<Spool>, metrics: Arc<Metrics>, max_frame: u64) -> Arc<Self> {
-        let largest = request_bytes_max(max_frame);
+        let largest = message::bytes_max(max_frame);
         let memory = BODIES_BYTES_MAX.max(2 * largest) >> 10;
         Arc::new(Self {
             config: ArcSwap::from_pointee(config.clone()),
@@ -174,6 +205,7 @@ impl Door {
             trouble: Mutex::new(Some("not listening yet".into())),
             address: Mutex::default(),
             for_strangers: AtomicBool::new(false),
+            members: Mutex::default(),
         })
     }
 
@@ -196,7 +228,10 @@ impl Door {
             );
             return;
         }
-        self.config.store(Arc::new(config.clone()));
+        let before = self.config.swap(Arc::new(config.clone()));
+        if (&before.username, &before.password_file) != (&config.username, &config.password_file) {
+            self.tokens.end_all();
+        }
         if !config.has_tls() {
             self.acceptor.store(None);
         } else if self.address().is_some()
@@ -208,12 +243,20 @@ impl Door {
 
     /// Where it listens, while it does.
     pub fn address(&self) -> Option<String> {
-        self.address.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.address).clone()
     }
 
     /// Why nothing can be pushed.
     fn held(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone().or_else(|| self.spool.held())
+        lock(&self.trouble).clone().or_else(|| self.spool.held())
+    }
+
+    /// A frame of this detector was taken, for the entry of this name.
+    fn heard(&self, entry: &str, detector: &str) {
+        let members = lock(&self.members).get(entry).cloned();
+        if let Some(members) = members {
+            members.heard(detector);
+        }
     }
 
     /// It listens at this address, or it does not and why.
@@ -222,14 +265,9 @@ impl Door {
             Ok(address) => (Some(address), None),
             Err(why) => (None, Some(why)),
         };
-        *self.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        *lock(&self.address) = address;
+        *lock(&self.trouble) = trouble;
     }
-}
-
-/// Bytes of the largest request.
-fn request_bytes_max(max_frame: u64) -> u64 {
-    max_frame.div_ceil(3) * 4 + AROUND_BYTES_MAX
 }
 
 impl fmt::Debug for Door {
@@ -240,26 +278,35 @@ impl fmt::Debug for Door {
 
 /// Serves one entry until it is stopped. The server does the work; here it is shown how the entry is.
 pub async fn run(around: Surroundings) {
-    let Some(door) = around.push else {
+    let Some(door) = around.push.clone() else {
         // The configuration was checked before.
         around.health.set(State::Held("[push] says nowhere to listen".into()));
         return around.stop.cancelled().await;
     };
     let fixed = Template::parse(&around.entry.name, around.entry.source.placeholders()).is_ok_and(|it| it.is_fixed());
-    let counts = fixed.then(|| around.metrics.detector(&around.entry.name));
-    let _serving = counts.as_ref().map(|counts| counts.serve(around.entry.silence_alarm));
+    let Surroundings { entry, metrics, .. } = &around;
+    let members = Members { metrics: metrics.clone(), silence_alarm: entry.silence_alarm, detectors: Mutex::default() };
+    let members = Arc::new(members);
+    if fixed {
+        members.heard(&entry.name);
+    }
+    lock(&door.members).insert(entry.name.clone(), members.clone());
     let mut look = tokio::time::interval(LOOK_EVERY);
     loop {
         let held = door.held();
-        if let Some(counts) = &counts {
-            counts.up(held.is_none());
-        }
+        members.up(held.is_none());
         around.health.set(held.map_or(State::Ok, State::Held));
         tokio::select! {
             () = around.stop.cancelled() => break,
             _ = look.tick() => {}
         }
     }
+    // A reload that changes the entry has put its successor there already.
+    lock(&door.members).retain(|_, there| !Arc::ptr_eq(there, &members));
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -296,6 +343,26 @@ mod tests {
         let local = door(&server("127.0.0.1:5009", true));
         local.reconfigure(&server("127.0.0.1:5009", false), &[]);
         assert!(!local.config.load().is_guarded());
+    }
+
+    #[test]
+    fn e3_tokens_of_a_time_without_an_account_or_of_another_one_are_worth_nothing_after_the_reload() {
+        let metrics = Metrics::new();
+        let (intake, _outlet) = queue::queue(1, &metrics);
+        let (spool, _inbox) = Spool::new(&spool::Config::default(), intake, metrics.clone());
+        let open = server("127.0.0.1:5009", false);
+        let door = Door::new(&open, Arc::new(Path::to_owned), spool, metrics, 1);
+        let now = jiff::Timestamp::now();
+        // Anybody gets one for any name, as long as nobody is asked for a password.
+        let token = door.tokens.issue("cameras", now);
+        door.reconfigure(&open, &[]);
+        assert_eq!(door.tokens.user(&token, now).as_deref(), Some("cameras"), "nothing changed");
+        let guarded = server("127.0.0.1:5009", true);
+        door.reconfigure(&guarded, &[]);
+        assert_eq!(door.tokens.user(&token, now), None);
+        let token = door.tokens.issue("cameras", now);
+        door.reconfigure(&Server { password_file: Some("another".into()), ..guarded }, &[]);
+        assert_eq!(door.tokens.user(&token, now), None);
     }
 
     #[test]

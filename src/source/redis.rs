@@ -20,7 +20,7 @@ pub use self::config::Config;
 use self::link::{EntryId, Link, PendingRow, StreamEntry, Touch, Whose};
 use super::inbox::{Inbox, Message, News, Verdict, refusal};
 use super::reconnect::Backoff;
-use super::{State, Surroundings};
+use super::{Files, State, Surroundings};
 use crate::frame::SourceKind;
 use crate::settle::{Disposition, Reason};
 
@@ -85,6 +85,19 @@ impl Drop for Turn {
 
 fn served() -> MutexGuard<'static, BTreeSet<String>> {
     SERVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let looked = async {
+        let mut link = Link::connect(config, config.consumer(), files).await?;
+        anyhow::Ok(link.last_generated().await?)
+    };
+    match looked.await {
+        Ok(Some(last)) => Ok(format!("it lets us in, the last entry of its stream is {last}")),
+        Ok(None) => Ok("it lets us in, the stream will be made with its group".into()),
+        Err(error) => Err(anyhow::anyhow!(link::explain(&error))),
+    }
 }
 
 struct Source {
@@ -399,18 +412,19 @@ impl Source {
     }
 
     fn is_well(&mut self) {
+        // First: who sees it ready sees it up.
+        self.inbox.up(true);
         if self.around.health.set(State::Ok) {
             tracing::info!(detector = %self.around.entry.name, place = %self.config.place(), consumer = %self.consumer, "reading the stream");
         }
-        self.inbox.up(true);
     }
 
     fn hold(&mut self, why: &str) {
         let why = format!("{}: {why}", self.config.place());
+        self.inbox.up(false);
         if self.around.health.set(State::Held(why.clone())) {
             tracing::warn!(detector = %self.around.entry.name, "held: {why}");
         }
-        self.inbox.up(false);
     }
 }
 

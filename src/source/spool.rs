@@ -5,7 +5,7 @@
 //! together. [`run`] is the clockwork: it keeps groups, carries out dispositions and looks after the disk. What blocks is in
 //! `store`; who is next, and what is held at all, is in `index`.
 //!
-//! Not here: the senders and what they are answered (`push`).
+//! Not here: the senders and what they are answered (`push`, `mqtt`).
 
 mod image;
 mod index;
@@ -23,7 +23,7 @@ use bytesize::ByteSize;
 use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +35,7 @@ use super::{Config as SourceConfig, Entry};
 use crate::frame::{FrameId, SourceKind};
 use crate::metrics::Metrics;
 use crate::queue::Intake;
-use crate::settle::Disposition;
+use crate::settle::{Disposition, Refusal};
 
 /// Frames that wait for a sync; who puts more is refused. Their bytes are bounded by whoever received them.
 const PUTS_MAX: usize = 4096;
@@ -49,6 +49,8 @@ const FRAMES_MAX: usize = 500_000;
 /// What a source calls a frame is kept up to so many characters: with detector, entry and zone it stays far below what a
 /// record's head may be.
 const NAME_CHARS_MAX: usize = 1000;
+/// What is wrong with a frame is kept up to so many characters.
+const FLAW_CHARS_MAX: usize = 500;
 /// Between two looks at the disk while it is in trouble, and at frames that were given back.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Bytes written and synced to find out whether the disk works again.
@@ -58,9 +60,9 @@ const PROBE_BYTES: usize = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where pushed frames are kept until they are published.
+    /// Where pushed and MQTT frames are kept until they are published. Changes with a restart only.
     pub directory: PathBuf,
-    /// Bytes on disk, all of them together; beyond it new frames are refused.
+    /// All of it on disk. When it is full, new frames are refused, and their senders keep them.
     #[schemars(with = "String")]
     pub max_size: ByteSize,
 }
@@ -74,6 +76,8 @@ impl Default for Config {
 /// A frame that has come, with all that is known about it.
 #[derive(Clone, Debug)]
 pub(super) struct Arrival {
+    /// The frame's: a new one, or the same each time where its source knows that it may come again.
+    pub id: FrameId,
     /// The name of its entry as it is written: rate, weight, order and `max_age` are looked up by it when it is offered.
     pub entry: Arc<str>,
     /// Where it came from.
@@ -90,6 +94,8 @@ pub(super) struct Arrival {
     pub name: String,
     /// The image.
     pub image: Image,
+    /// Why it can be no frame: it becomes a dead letter.
+    pub flaw: Option<Refusal>,
 }
 
 /// Why a frame is not kept: nobody may be told that we have it.
@@ -221,6 +227,8 @@ pub struct Spool {
     no_room_for: AtomicU64,
     /// Cancelled once the directory was tried for the first time.
     tried: CancellationToken,
+    /// Told when it takes frames again.
+    takes: Notify,
 }
 
 /// What comes in for [`run`].
@@ -233,7 +241,6 @@ pub struct Inbox {
 #[derive(Debug)]
 struct Put {
     arrival: Arrival,
-    id: FrameId,
     done: oneshot::Sender<Result<(), Refused>>,
 }
 
@@ -254,6 +261,7 @@ impl Spool {
             trouble: Mutex::new(Some("the spool is being opened".into())),
             no_room_for: AtomicU64::new(0),
             tried: CancellationToken::new(),
+            takes: Notify::new(),
         });
         spool.reconfigure(config, &[]);
         (spool, Inbox { puts: put, news })
@@ -272,7 +280,7 @@ impl Spool {
         let (done, kept) = oneshot::channel();
         let sent = match self.trouble() {
             Some(why) => Err(Refused::Broken(why)),
-            None => self.puts.try_send(Put { arrival, id: FrameId::generate(), done }).map_err(|error| match error {
+            None => self.puts.try_send(Put { arrival, done }).map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => Refused::Busy,
                 mpsc::error::TrySendError::Closed(_) => Refused::Stopping,
             }),
@@ -287,7 +295,7 @@ impl Spool {
     pub fn held(&self) -> Option<String> {
         let full = || {
             let (frames, _) = self.totals();
-            let max = ByteSize(*lock(&self.max_bytes)).display().iec();
+            let max = ByteSize(self.max_bytes()).display().iec();
             let waits = self.no_room_for.load(Ordering::Relaxed) > 0;
             waits.then(|| format!("the spool is full: {frames} frames, up to {max} of spool.max_size"))
         };
@@ -299,6 +307,19 @@ impl Spool {
         self.tried.cancelled().await;
     }
 
+    /// Resolves while it takes frames: for those whose senders wait until it does.
+    pub(super) async fn takes_frames(&self) {
+        loop {
+            let mut takes = std::pin::pin!(self.takes.notified());
+            // Before the look: what changes after it is heard.
+            takes.as_mut().enable();
+            if self.held().is_none() {
+                return;
+            }
+            takes.await;
+        }
+    }
+
     fn trouble(&self) -> Option<String> {
         lock(&self.trouble).clone()
     }
@@ -307,6 +328,11 @@ impl Spool {
     pub fn totals(&self) -> (u64, u64) {
         let index = lock(&self.index);
         (index.len() as u64, index.bytes)
+    }
+
+    /// `spool.max_size`, as it is now.
+    pub fn max_bytes(&self) -> u64 {
+        *lock(&self.max_bytes)
     }
 
     /// Removes frames for good; each is counted as dropped.
@@ -415,6 +441,7 @@ impl Spool {
             if needed > 0 && store.has_room(needed) && lock(&at.index).len() < FRAMES_MAX {
                 at.no_room_for.store(0, Ordering::Relaxed);
                 tracing::info!("the spool has room again");
+                at.takes.notify_waiters();
             }
             let mut index = lock(&at.index);
             index.bytes = store.bytes();
@@ -450,7 +477,7 @@ impl Spool {
     /// What is done now and then: frames that were given back go in line again, and a disk in trouble is tried.
     async fn look(self: &Arc<Self>) {
         let at = self.clone();
-        let max = *lock(&self.max_bytes);
+        let max = self.max_bytes();
         let looked = tokio::task::spawn_blocking(move || at.look_at_disk(max)).await;
         match looked.unwrap_or_else(|error| Err(io::Error::other(error))) {
             Ok(()) => self.out_of_trouble(),
@@ -501,6 +528,7 @@ impl Spool {
     fn out_of_trouble(&self) {
         if lock(&self.trouble).take().is_some() {
             tracing::info!(directory = %self.directory.display(), "the spool takes frames");
+            self.takes.notify_waiters();
         }
     }
 
@@ -553,7 +581,7 @@ impl Put {
     fn meta(&self) -> Meta {
         let it = &self.arrival;
         Meta {
-            id: self.id.to_string(),
+            id: it.id.to_string(),
             detector: it.detector.clone(),
             time_zone: it.time_zone.clone(),
             detect_time: it.detect_time,
@@ -563,6 +591,10 @@ impl Put {
             name: it.name.chars().take(NAME_CHARS_MAX).collect(),
             base64: it.image.base64,
             image_bytes: it.image.size,
+            flaw: it.flaw.as_ref().map(|it| record::Flaw {
+                reason: it.reason,
+                message: it.message.chars().take(FLAW_CHARS_MAX).collect(),
+            }),
         }
     }
 }
@@ -575,6 +607,7 @@ pub fn serves(entry: &Entry) -> bool {
 fn kind_of(entry: &Entry) -> Option<SourceKind> {
     match &entry.source {
         SourceConfig::Push(_) => Some(SourceKind::Push),
+        SourceConfig::Mqtt(_) => Some(SourceKind::Mqtt),
         SourceConfig::Directory(_) | SourceConfig::Redis(_) | SourceConfig::Nats(_) => None,
     }
 }

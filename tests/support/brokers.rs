@@ -3,16 +3,18 @@
 //! `None` where the server is not installed; the test then says so with `skipped` and returns.
 
 use std::future::IntoFuture as _;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{self, pull};
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::{self, Context, stream};
 use async_nats::{ConnectOptions, HeaderMap};
+use mqtt_proto::{ClientId, Pid as PacketId, QosPid, TopicName, v5};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -278,4 +280,169 @@ impl Nats {
             self.consumer().filter(|it| it.num_ack_pending == 0 && it.num_pending == 0).map(drop)
         });
     }
+}
+
+/// `mosquitto`, whose every change is on the disk before it is answered.
+pub struct Mosquitto(pub Server);
+
+/// What it writes its sessions and messages to.
+const MOSQUITTO_DB: &str = "mosquitto.db";
+const MOSQUITTO_LOG: &str = "mosquitto.log";
+/// Messages of the test's own client that are on their way at once: no more than mosquitto takes.
+const MQTT_WINDOW: usize = 10;
+
+impl Mosquitto {
+    pub fn start() -> Option<Self> {
+        // A change is written before the next one; where nothing is killed, that only costs time.
+        Self::with("allow_anonymous true\nautosave_on_changes true\nautosave_interval 1")
+    }
+
+    /// With these lines of its configuration, about accounts for example.
+    pub fn with(lines: &str) -> Option<Self> {
+        let lines = lines.to_owned();
+        let recipe = move |dir: &Path, port: u16| {
+            let file = dir.join("mosquitto.conf");
+            // Started as root, it would become another user, who may not write here.
+            let config = format!(
+                "user root\nlistener {port} 127.0.0.1\npersistence true\npersistence_location {0}/\nsys_interval 1\nlog_dest file {0}/{MOSQUITTO_LOG}\nlog_type all\n{lines}\n",
+                dir.display()
+            );
+            std::fs::write(&file, config).expect("the configuration can be written");
+            let mut command = Command::new("mosquitto");
+            command.arg("-c").arg(file);
+            command
+        };
+        Server::start(Box::new(recipe)).map(Self)
+    }
+
+    pub fn url(&self) -> String {
+        format!("mqtt://127.0.0.1:{}", self.0.port())
+    }
+
+    /// Ends without having written anything down: its sessions are lost.
+    pub fn forget(&mut self) {
+        self.0.kill();
+        std::fs::remove_file(self.0.dir().join(MOSQUITTO_DB)).ok();
+    }
+
+    /// `mosquitto_pub`: a message of `QoS` 1, unless `arguments` say otherwise.
+    #[track_caller]
+    pub fn publish(&self, topic: &str, arguments: &[&str], payload: &[u8]) {
+        let mut command = Command::new("mosquitto_pub");
+        command.args(["-p", &self.0.port().to_string(), "-q", "1", "-t", topic, "-s"]).args(arguments);
+        let mut child = command.stdin(Stdio::piped()).spawn().expect("mosquitto_pub comes with mosquitto-clients");
+        child.stdin.take().expect("piped").write_all(payload).expect("mosquitto_pub reads");
+        assert!(child.wait().expect("mosquitto_pub ends").success());
+    }
+
+    /// `mosquitto_sub` until it has what `arguments` ask for.
+    pub fn subscribe(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new("mosquitto_sub");
+        command.args(["-p", &self.0.port().to_string()]).args(arguments);
+        command.output().expect("mosquitto_sub comes with mosquitto-clients")
+    }
+
+    /// What the broker says of itself below `$SYS/broker/`.
+    #[track_caller]
+    pub fn says(&self, of: &str) -> u64 {
+        let topic = format!("$SYS/broker/{of}");
+        let output = self.subscribe(&["-t", &topic, "-C", "1", "-W", "10"]);
+        String::from_utf8_lossy(&output.stdout).trim().parse().unwrap_or_else(|_| panic!("{topic}: {output:?}"))
+    }
+
+    /// Waits until the broker has heard everything that a client had to say before it went.
+    #[track_caller]
+    pub fn until_gone(&self, client_id: &str) {
+        eventually(&format!("{client_id} is gone"), PATIENCE, || {
+            let log = std::fs::read_to_string(self.0.dir().join(MOSQUITTO_LOG)).ok()?;
+            let last = log.lines().rev().find(|line| line.contains(client_id))?;
+            (last.contains("disconnected") || last.contains("closed its connection")).then_some(())
+        });
+    }
+
+    pub fn client(&self) -> MqttClient {
+        MqttClient::connect(self.0.port(), "test")
+    }
+}
+
+/// The test's own publisher, of MQTT 5.
+pub struct MqttClient {
+    stream: TcpStream,
+    next: u16,
+    on_their_way: usize,
+}
+
+impl MqttClient {
+    pub fn connect(port: u16, client_id: &str) -> Self {
+        let stream = TcpStream::connect(("127.0.0.1", port)).expect("the broker listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        let mut client = Self { stream, next: 1, on_their_way: 0 };
+        client.say(&v5::Connect::new(ClientId::from(Arc::from(client_id)), 0).into());
+        assert_eq!(client.hear()[0] >> 4, 2, "the broker lets us in");
+        client
+    }
+
+    /// Publishes with `QoS` 1; what is on its way is confirmed at the latest by [`MqttClient::confirmed`].
+    pub fn publish(&mut self, topic: &str, properties: &[(&str, &str)], payload: Vec<u8>) {
+        while self.on_their_way >= MQTT_WINDOW {
+            self.confirm();
+        }
+        let name = TopicName::try_from(topic).expect("a topic");
+        let pid = PacketId::try_from(self.next).expect("never 0");
+        self.next = self.next.checked_add(1).unwrap_or(1);
+        let mut publish = v5::Publish::new(QosPid::Level1(pid), name, payload.into());
+        publish.properties.user_properties = properties
+            .iter()
+            .map(|(name, value)| v5::UserProperty { name: Arc::from(*name), value: Arc::from(*value) })
+            .collect();
+        self.say(&publish.into());
+        self.on_their_way += 1;
+    }
+
+    /// Waits until the broker has everything.
+    pub fn confirmed(&mut self) {
+        while self.on_their_way > 0 {
+            self.confirm();
+        }
+    }
+
+    fn confirm(&mut self) {
+        assert_eq!(self.hear()[0] >> 4, 4, "a PUBACK");
+        self.on_their_way -= 1;
+    }
+
+    fn say(&mut self, packet: &v5::Packet) {
+        let bytes = packet.encode().expect("a packet");
+        self.stream.write_all(bytes.as_ref()).expect("the broker reads");
+    }
+
+    /// The next packet, which is small.
+    fn hear(&mut self) -> Vec<u8> {
+        let mut packet = vec![0; 2];
+        self.stream.read_exact(&mut packet).expect("the broker answers");
+        assert!(packet[1] < 0x80, "a short one");
+        packet.resize(2 + usize::from(packet[1]), 0);
+        self.stream.read_exact(&mut packet[2..]).expect("the broker answers");
+        packet
+    }
+}
+
+/// The packets in what was said over one connection: the first byte of each, and its bytes behind the head.
+pub fn mqtt_packets(mut bytes: &[u8]) -> Vec<(u8, &[u8])> {
+    let mut packets = Vec::new();
+    while let Some((first, rest)) = bytes.split_first() {
+        let (mut length, mut at) = (0, 0);
+        while let Some(byte) = rest.get(at) {
+            length |= usize::from(byte & 0x7f) << (7 * at);
+            at += 1;
+            if byte & 0x80 == 0 {
+                break;
+            }
+        }
+        // The last one may have been cut off.
+        let Some(body) = rest.get(at..at + length) else { break };
+        packets.push((*first, body));
+        bytes = &rest[at + length..];
+    }
+    packets
 }

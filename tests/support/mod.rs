@@ -11,6 +11,7 @@
 )]
 
 pub mod brokers;
+pub mod browser;
 pub mod engine;
 pub mod faults;
 pub mod machine;

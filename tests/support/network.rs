@@ -120,6 +120,18 @@ struct Shared {
     /// … after so many bytes of the server's have been passed on.
     after: AtomicU64,
     was_reset: AtomicU64,
+    /// What clients say is not passed on.
+    muted: AtomicBool,
+    /// Counts the times that all connections were cut.
+    cuts: AtomicU64,
+    recorded: Mutex<Vec<Arc<Recorded>>>,
+}
+
+/// What was said over one connection.
+#[derive(Default)]
+pub struct Recorded {
+    pub by_client: Mutex<Vec<u8>>,
+    pub by_server: Mutex<Vec<u8>>,
 }
 
 impl Relay {
@@ -133,6 +145,9 @@ impl Relay {
             reset: AtomicU64::new(0),
             after: AtomicU64::new(0),
             was_reset: AtomicU64::new(0),
+            muted: AtomicBool::new(false),
+            cuts: AtomicU64::new(0),
+            recorded: Mutex::default(),
         });
         let accepting = {
             let shared = shared.clone();
@@ -149,6 +164,21 @@ impl Relay {
     pub fn reset(&self, connections: u64, bytes: u64) {
         self.shared.after.store(bytes, Ordering::Relaxed);
         self.shared.reset.store(connections, Ordering::Relaxed);
+    }
+
+    /// What was said over each connection so far, in their order.
+    pub fn recorded(&self) -> Vec<Arc<Recorded>> {
+        self.shared.recorded.lock().expect("nobody panics with it").clone()
+    }
+
+    /// From now on nothing that clients say reaches the server; or it does again.
+    pub fn mute(&self, muted: bool) {
+        self.shared.muted.store(muted, Ordering::Relaxed);
+    }
+
+    /// Closes every connection of now.
+    pub fn cut(&self) {
+        self.shared.cuts.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many connections have been reset.
@@ -184,14 +214,19 @@ fn relay(client: &TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
     let reset = shared.reset.fetch_update(Ordering::Relaxed, Ordering::Relaxed, mine).is_ok();
     client.set_nonblocking(false)?;
     let server = TcpStream::connect(shared.server)?;
+    let (recorded, never) = (Arc::<Recorded>::default(), AtomicBool::new(false));
+    shared.recorded.lock().expect("nobody panics with it").push(recorded.clone());
     let upward = {
         let (client, server, shared) = (client.try_clone()?, server.try_clone()?, shared.clone());
-        std::thread::spawn(move || drop(pump(&client, &server, u64::MAX, &shared)))
+        let recorded = recorded.clone();
+        std::thread::spawn(move || {
+            drop(pump(&client, &server, u64::MAX, &shared, (&recorded.by_client, &shared.muted)));
+        })
     };
     if reset {
         // The client speaks first, in HTTP and in TLS: until the server answers, it has said something.
         server.peek(&mut [0])?;
-        pump(&server, client, shared.after.load(Ordering::Relaxed), shared)?;
+        pump(&server, client, shared.after.load(Ordering::Relaxed), shared, (&recorded.by_server, &never))?;
         set_socket_linger(client, Some(Duration::ZERO))?;
         shared.was_reset.fetch_add(1, Ordering::Relaxed);
         server.shutdown(Shutdown::Both)?;
@@ -200,21 +235,35 @@ fn relay(client: &TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
         drop(upward.join());
         return Ok(());
     }
-    pump(&server, client, u64::MAX, shared)?;
+    pump(&server, client, u64::MAX, shared, (&recorded.by_server, &never))?;
     drop(upward.join());
     Ok(())
 }
 
 /// Passes bytes on until the end, or `most` of them.
-fn pump(mut from: &TcpStream, mut to: &TcpStream, most: u64, shared: &Shared) -> std::io::Result<()> {
+fn pump(
+    mut from: &TcpStream,
+    mut to: &TcpStream,
+    most: u64,
+    shared: &Shared,
+    (recorded, muted): (&Mutex<Vec<u8>>, &AtomicBool),
+) -> std::io::Result<()> {
+    let cuts = shared.cuts.load(Ordering::Relaxed);
     from.set_read_timeout(Some(TICK))?;
     let (mut buffer, mut left) = (vec![0; 16 << 10], most);
     while left > 0 && !shared.stop.load(Ordering::Relaxed) {
+        if shared.cuts.load(Ordering::Relaxed) != cuts {
+            from.shutdown(Shutdown::Both)?;
+            return to.shutdown(Shutdown::Both);
+        }
         let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         match from.read(&mut buffer[..room]) {
             Ok(0) => break,
             Ok(read) => {
-                to.write_all(&buffer[..read])?;
+                if !muted.load(Ordering::Relaxed) {
+                    to.write_all(&buffer[..read])?;
+                }
+                recorded.lock().expect("nobody panics with it").extend_from_slice(&buffer[..read]);
                 left -= read as u64;
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}

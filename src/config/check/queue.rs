@@ -21,10 +21,10 @@ pub(super) fn check(settings: &Settings, facts: &Facts, found: &mut Findings) {
                 Some(SecretFile::Unfit(why)) => found.problem(format!("{key}.{name}"), why, ""),
             }
         }
-        let Some(shared) = entry.source.shared() else { continue };
+        let Some((shared, fault)) = entry.source.shared() else { continue };
         if let Some(other) = first.insert(shared, &entry.name) {
-            let wrong = format!("reads the same messages as `{other}`: each goes to one of the two, by chance");
-            found.problem(key, wrong, "keep one entry; its name may hold placeholders");
+            let key = if fault.key.is_empty() { key } else { format!("{key}.{}", fault.key) };
+            found.problem(key, fault.wrong.replace("another entry", &format!("`{other}`")), fault.right);
         }
     }
 }

@@ -173,7 +173,7 @@ impl Line {
         self.concurrency.restart();
         self.lost = 0;
         self.forget_streaks();
-        self.lanes.retain(|_, lane| lane.cases > 0 || !lane.limit.is_idle(now));
+        self.forget_lanes(now);
     }
 
     pub(super) fn forget_streaks(&mut self) {
@@ -227,6 +227,20 @@ mod tests {
             assert_eq!(sim.attempts.len(), attempts + 100, "{verdict:?}");
             assert_eq!(sim.line.state(), State::Open);
         }
+    }
+
+    #[test]
+    fn c2_a_token_that_is_renewed_meanwhile_does_not_end_the_pause_that_the_engine_asked_for() {
+        let mut sim = Sim::new();
+        sim.enter(0, 0.0);
+        sim.run(Duration::from_secs(1), |_| transient(Some(60)));
+        assert_eq!((sim.line.state(), sim.attempts.len()), (State::Throttled, 1));
+        sim.generation += 1;
+        sim.line.token_ready(sim.generation, false, sim.now);
+        sim.run(Duration::from_secs(58), |_| transient(Some(60)));
+        assert_eq!(sim.attempts.len(), 1, "not before the minute is over");
+        sim.run(Duration::from_secs(2), |_| Verdict::Accepted);
+        assert_eq!(sim.accepted.len(), 1);
     }
 
     #[test]

@@ -158,6 +158,18 @@ fn any_verdict() -> impl Strategy<Value = Verdict> {
     ]
 }
 
+#[test]
+fn detectors_that_went_are_forgotten_also_where_their_rate_limit_has_to_be_paid_for() {
+    let mut sim = Sim::new();
+    for detector in 0..5000 {
+        sim.enter(detector, 10.0);
+        sim.run(Duration::from_millis(20), |_| Verdict::Accepted);
+        sim.now += Duration::from_millis(20);
+    }
+    assert_eq!(sim.accepted.len(), 5000);
+    assert!(sim.line.lanes.len() <= 2 * LANES_KEPT, "{} lanes", sim.line.lanes.len());
+}
+
 proptest! {
     #[test]
     fn whatever_the_engine_answers_nothing_is_lost_the_rate_holds_and_it_recovers(

@@ -13,7 +13,7 @@ use super::config::{DetectTime, FromName};
 
 /// Finds detection times the way one detector is configured.
 #[derive(Debug)]
-pub(super) struct Finder {
+pub struct Finder {
     way: Way,
     zone: TimeZone,
 }
@@ -39,7 +39,11 @@ pub(super) fn compile(from_name: &FromName) -> anyhow::Result<Regex> {
 }
 
 impl Finder {
-    pub(super) fn new(detect_time: &DetectTime, time_zone: &str) -> anyhow::Result<Self> {
+    /// For the files of a detector in this time zone.
+    ///
+    /// # Errors
+    /// If the way or the zone cannot be used; a checked configuration has neither.
+    pub fn new(detect_time: &DetectTime, time_zone: &str) -> anyhow::Result<Self> {
         let way = match detect_time {
             DetectTime::Modified => Way::Modified,
             DetectTime::Arrival => Way::Arrival,
@@ -50,8 +54,9 @@ impl Finder {
         Ok(Self { way, zone })
     }
 
-    /// The detection time, and whether an absurd one was replaced by the time of arrival, or that by now.
-    pub(super) fn find(
+    /// The detection time, and whether an absurd one was replaced by the time of arrival, or that by now. `modified` is in
+    /// nanoseconds since 1970.
+    pub fn find(
         &self,
         name: &[u8],
         image: &[u8],

@@ -2,7 +2,7 @@
 //!
 //! Pulls are requested by hand on one subscription: so their bounds follow the room there is, and silence is noticed.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::Config;
 use crate::secret::Secret;
+use crate::source::Files;
 
 /// Connecting, TLS and the login included, to one of the servers.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -112,10 +113,7 @@ type Said = Arc<Mutex<Option<String>>>;
 
 impl Link {
     /// Connects to one of the servers; reads the secrets and the CA anew.
-    pub(super) async fn connect(
-        config: &Config,
-        files: &(dyn Fn(&Path) -> PathBuf + Send + Sync),
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn connect(config: &Config, files: &Files<'_>) -> anyhow::Result<Self> {
         let (end, ends) = channel(EVENTS_MAX);
         let said = Said::default();
         let heard = said.clone();
@@ -145,20 +143,35 @@ impl Link {
 
     /// Looks the consumer up, and makes it where it is missing; a new one begins at `first`.
     pub(super) async fn consumer(&mut self, config: &Config, first: Option<u64>) -> anyhow::Result<Facts> {
-        let result = self.find_consumer(config, first).await;
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let info = result.map_err(|error| match said {
-            Some(said) => anyhow!("{error:#} ({said})"),
-            None => error,
-        })?;
+        let made = async {
+            let stream = self.stream(config).await?;
+            match look_up(&stream, config).await? {
+                Some(info) => Ok(info),
+                None => make(&stream, config, first).await,
+            }
+        };
+        let info = made.await.map_err(|error| self.with_what_was_said(error))?;
         facts(&info.config).map_err(|why| anyhow!("consumer {}: {why}", config.consumer))
     }
 
-    async fn find_consumer(&self, config: &Config, first: Option<u64>) -> anyhow::Result<consumer::Info> {
+    /// Whether the consumer is there; that its stream is not is an error.
+    pub(super) async fn has_consumer(&self, config: &Config) -> anyhow::Result<bool> {
+        let looked = async { anyhow::Ok(look_up(&self.stream(config).await?, config).await?.is_some()) };
+        looked.await.map_err(|error| self.with_what_was_said(error))
+    }
+
+    fn with_what_was_said(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.said.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(said) => anyhow!("{error:#} ({said})"),
+            None => error,
+        }
+    }
+
+    async fn stream(&self, config: &Config) -> anyhow::Result<Stream> {
         let mut context = jetstream::new(self.client.clone());
         context.set_timeout(RESPONSE_TIMEOUT);
         let found = context.get_stream(&config.stream).await;
-        let stream = found.map_err(|error| {
+        found.map_err(|error| {
             let code =
                 if let GetStreamErrorKind::JetStream(said) = error.kind() { Some(said.error_code()) } else { None };
             if code == Some(ErrorCode::STREAM_NOT_FOUND) {
@@ -166,12 +179,7 @@ impl Link {
             } else {
                 anyhow!("the stream cannot be looked up, JetStream may be switched off or not permitted: {error}")
             }
-        })?;
-        match stream.consumer_info(&config.consumer).await {
-            Ok(info) => Ok(info),
-            Err(error) if is_missing(&error) => make(&stream, config, first).await,
-            Err(error) => bail!("the consumer cannot be looked up, it may not be permitted: {error}"),
-        }
+        })
     }
 
     /// Whether a pull is under way.
@@ -287,7 +295,7 @@ impl Link {
     }
 }
 
-fn options(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> anyhow::Result<ConnectOptions> {
+fn options(config: &Config, files: &Files<'_>) -> anyhow::Result<ConnectOptions> {
     let secret = |file: &Option<PathBuf>| file.as_deref().map(|file| Secret::read(&files(file))).transpose();
     let mut options = ConnectOptions::new()
         .name("framegate")
@@ -331,6 +339,14 @@ fn is_missing(error: &ConsumerInfoError) -> bool {
         return said.error_code() == ErrorCode::CONSUMER_NOT_FOUND;
     }
     kind == ConsumerInfoErrorKind::NotFound
+}
+
+async fn look_up(stream: &Stream, config: &Config) -> anyhow::Result<Option<consumer::Info>> {
+    match stream.consumer_info(&config.consumer).await {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => bail!("the consumer cannot be looked up, it may not be permitted: {error}"),
+    }
 }
 
 async fn make(stream: &Stream, config: &Config, first: Option<u64>) -> anyhow::Result<consumer::Info> {

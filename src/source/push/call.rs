@@ -17,10 +17,10 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
 use super::answer::{self, Answer};
-use super::{Door, Route, request_bytes_max};
-use crate::frame::SourceKind;
+use super::{Door, Route};
+use crate::frame::{FrameId, SourceKind};
 use crate::secret::Secret;
-use crate::source::believable;
+use crate::source::believed;
 use crate::source::message::{self, Flaw, Image, Known};
 use crate::source::spool::{self, Arrival, Refused};
 
@@ -124,7 +124,7 @@ fn renew(door: &Door, headers: &HeaderMap) -> Result<Answer, Refusal> {
 /// The engine's own call.
 async fn publish(door: &Door, headers: &HeaderMap, body: &mut Incoming, peer: &str) -> Result<Answer, Refusal> {
     let_in(door, headers)?;
-    let body = read(door, headers, body, request_bytes_max(door.max_frame)).await?;
+    let body = read(door, headers, body, message::bytes_max(door.max_frame)).await?;
     let (image, known) = message::json(&body.bytes).map_err(|flaw| Refusal::from(answer::wrong(&flaw)))?;
     let image = look(door, &body.bytes, &image)?;
     keep(door, known, peer, image).await
@@ -168,11 +168,9 @@ async fn keep(door: &Door, known: Known, peer: &str, image: spool::Image) -> Res
     let (route, detector) =
         route_of(&routes, known.detector_name.as_deref()).map_err(|flaw| Refusal::from(answer::wrong(&flaw)))?;
     let received_at = Timestamp::now();
-    let detect_time = known.detect_time.filter(|time| believable(*time, received_at));
-    if known.detect_time.is_some() && detect_time.is_none() {
-        door.metrics.counter("detect_times_corrected_total", &[]).increment(1);
-    }
+    let detect_time = believed(known.detect_time, received_at, &door.metrics);
     let arrival = Arrival {
+        id: FrameId::generate(),
         entry: route.entry.name.as_str().into(),
         source: SourceKind::Push,
         time_zone: known.time_zone.unwrap_or_else(|| route.entry.time_zone.clone()),
@@ -180,10 +178,14 @@ async fn keep(door: &Door, known: Known, peer: &str, image: spool::Image) -> Res
         received_at,
         name: peer.to_owned(),
         image,
-        detector,
+        flaw: None,
+        detector: detector.clone(),
     };
     match door.spool.put(arrival).await {
-        Ok(()) => Ok(answer::accepted()),
+        Ok(()) => {
+            door.heard(&route.entry.name, &detector);
+            Ok(answer::accepted())
+        }
         Err(refused @ Refused::Busy) => Err(answer::busy(&refused.to_string()).into()),
         Err(refused @ (Refused::Full | Refused::Stopping)) => Err(answer::unavailable(&refused.to_string()).into()),
         // Its words name paths of ours.

@@ -1,6 +1,10 @@
 //! The tokens that the push server gives out: JWTs like the engine's (HS256, with `exp`), known by their signature alone. The
-//! key is drawn at the start, so that a restart ends them all; a client logs in again, as it must when one expires.
+//! key is drawn at the start, so that a restart ends them all, and anew where another account is configured; a client logs in
+//! again, as it must when one expires.
 
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
 use aws_lc_rs::{constant_time, hmac, rand};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -14,7 +18,7 @@ const TOKEN_BYTES_MAX: usize = 4096;
 
 /// Signs and knows tokens.
 pub(super) struct Tokens {
-    key: hmac::Key,
+    key: ArcSwap<hmac::Key>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -26,9 +30,12 @@ struct Claims {
 
 impl Tokens {
     pub(super) fn new() -> Self {
-        let mut secret = [0; 32];
-        rand::fill(&mut secret).expect("the system has randomness");
-        Self { key: hmac::Key::new(hmac::HMAC_SHA256, &secret) }
+        Self { key: ArcSwap::from_pointee(drawn()) }
+    }
+
+    /// Every token that was issued before is worth nothing from now on.
+    pub(super) fn end_all(&self) {
+        self.key.store(Arc::new(drawn()));
     }
 
     /// A token for `user`.
@@ -38,7 +45,7 @@ impl Tokens {
         let mut token = URL_SAFE_NO_PAD.encode(r#"{"alg":"HS256","typ":"JWT"}"#);
         token.push('.');
         URL_SAFE_NO_PAD.encode_string(serde_json::to_vec(&claims).expect("plain claims"), &mut token);
-        let tag = hmac::sign(&self.key, token.as_bytes());
+        let tag = hmac::sign(&self.key.load(), token.as_bytes());
         token.push('.');
         URL_SAFE_NO_PAD.encode_string(tag, &mut token);
         token
@@ -51,7 +58,7 @@ impl Tokens {
         }
         let (signed, tag) = token.rsplit_once('.')?;
         let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;
-        hmac::verify(&self.key, signed.as_bytes(), &tag).ok()?;
+        hmac::verify(&self.key.load(), signed.as_bytes(), &tag).ok()?;
         let claims = URL_SAFE_NO_PAD.decode(signed.split_once('.')?.1).ok()?;
         let claims: Claims = serde_json::from_slice(&claims).ok()?;
         (now.as_second() < claims.exp).then_some(claims.sub)
@@ -59,9 +66,16 @@ impl Tokens {
 
     /// Whether two texts are the same, in a time that says nothing about where they differ or how long they are.
     pub(super) fn same(&self, a: &str, b: &str) -> bool {
-        let tag = |text: &str| hmac::sign(&self.key, text.as_bytes());
+        let key = self.key.load();
+        let tag = |text: &str| hmac::sign(&key, text.as_bytes());
         constant_time::verify_slices_are_equal(tag(a).as_ref(), tag(b).as_ref()).is_ok()
     }
+}
+
+fn drawn() -> hmac::Key {
+    let mut secret = [0; 32];
+    rand::fill(&mut secret).expect("the system has randomness");
+    hmac::Key::new(hmac::HMAC_SHA256, &secret)
 }
 
 #[cfg(test)]

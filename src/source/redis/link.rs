@@ -3,7 +3,6 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -15,6 +14,7 @@ use redis::{
 
 use super::Config;
 use crate::secret::Secret;
+use crate::source::Files;
 
 /// Connecting, TLS and the login included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -103,11 +103,7 @@ pub(super) struct Link {
 
 impl Link {
     /// Connects; reads the secret and the CA anew.
-    pub(super) async fn connect(
-        config: &Config,
-        consumer: String,
-        files: &(dyn Fn(&Path) -> PathBuf + Send + Sync),
-    ) -> anyhow::Result<Self> {
+    pub(super) async fn connect(config: &Config, consumer: String, files: &Files<'_>) -> anyhow::Result<Self> {
         let client = client(config, files)?;
         let connect = async |response: Duration| {
             let with = AsyncConnectionConfig::new()
@@ -136,7 +132,8 @@ impl Link {
         }
     }
 
-    async fn last_generated(&mut self) -> RedisResult<Option<EntryId>> {
+    /// The greatest id that the stream ever had; `None`: there is no stream.
+    pub(super) async fn last_generated(&mut self) -> RedisResult<Option<EntryId>> {
         let info = cmd("XINFO").arg("STREAM").arg(&self.stream).query_async(&mut self.writer).await;
         match info {
             Ok(Value::Array(facts)) => {
@@ -268,7 +265,7 @@ impl Touch {
     }
 }
 
-fn client(config: &Config, files: &(dyn Fn(&Path) -> PathBuf + Send + Sync)) -> anyhow::Result<Client> {
+fn client(config: &Config, files: &Files<'_>) -> anyhow::Result<Client> {
     let info: ConnectionInfo = config.url.as_str().into_connection_info()?;
     let mut settings = info.redis_settings().clone();
     if let Some(username) = &config.username {

@@ -352,7 +352,7 @@ fn take(spool: &Spool, number: u64, receipt: Receipt, buffer: &mut Vec<u8>) -> T
         }
     };
     let age = Duration::try_from(Timestamp::now().duration_since(meta.detect_time)).unwrap_or_default();
-    if whole && !max_age.is_zero() && age > max_age {
+    if whole && meta.flaw.is_none() && !max_age.is_zero() && age > max_age {
         receipt.settle(Disposition::Dropped);
         return Taken::Gone;
     }
@@ -366,6 +366,10 @@ fn take(spool: &Spool, number: u64, receipt: Receipt, buffer: &mut Vec<u8>) -> T
         original_name: meta.name.into(),
         image_bytes: meta.image_bytes,
     };
+    if let Some(flaw) = meta.flaw.filter(|_| whole) {
+        let refusal = Refusal { reason: flaw.reason, status: None, message: flaw.message, attempts: 0 };
+        return Taken::Flawed(frame, receipt, refusal);
+    }
     match (whole, meta.base64) {
         (true, true) => Taken::Base64(frame, receipt),
         (true, false) => Taken::Frame(frame, receipt),

@@ -5,6 +5,8 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::settle::Reason;
+
 /// Bytes before the JSON: the mark, the lengths of JSON and image, the image's checksum, that of everything before it.
 pub(super) const HEAD_BYTES: usize = 20;
 /// Bytes of JSON: names are bounded, so that a longer one is none of ours.
@@ -35,6 +37,17 @@ pub(super) struct Meta {
     pub base64: bool,
     /// Size of the image itself, bytes.
     pub image_bytes: u64,
+    /// Why it can be no frame: it becomes a dead letter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flaw: Option<Flaw>,
+}
+
+/// What is wrong with what its source brought.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Flaw {
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
 }
 
 /// A head, taken apart.
@@ -112,6 +125,16 @@ pub(super) mod tests {
             name: "a\nb".into(),
             base64: false,
             image_bytes: 3,
+            flaw: None,
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic_and_none_are_taken_for_a_record(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
+            let marked = [&MARK[..], &bytes].concat();
+            drop((head(&bytes), head(&marked), meta(&bytes)));
+            proptest::prop_assert_eq!(meta(&marked), None);
         }
     }
 

@@ -24,14 +24,20 @@ use super::record::{self, HEAD_BYTES, Head, Meta};
 const SEGMENTS: u64 = 64;
 const SEGMENT_BYTES_MIN: u64 = 256 << 10;
 const SEGMENT_BYTES_MAX: u64 = 256 << 20;
-/// The segment that is written to goes, too, when all of it is settled and it is larger than this, bytes.
+/// The segment that is written to goes, too, when all of it is settled and it is larger than this, bytes, or than this share
+/// of the spool's bound: what is left must have room for the largest frame.
 const IDLE_BYTES_MAX: u64 = 1 << 20;
+const IDLE_SHARE: u64 = 8;
 /// Bytes that are copied in one go out of a segment of which little is left.
 const MOVE_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of the buffer that are kept between groups.
 const BUFFER_KEPT_MAX: usize = 4 << 20;
+/// Bytes that say where a record begins, and which one it is.
+const MARK_BYTES: usize = 8;
 /// Bytes read at once while records are looked for: a head and what is usually known about a frame.
 const LOOK_BYTES: usize = 1024;
+
+type Mark = [u8; MARK_BYTES];
 
 /// The spool's directory, ours alone.
 pub(super) struct Store {
@@ -92,8 +98,8 @@ impl Spot {
         Ok((record::meta(&begin), crc32fast::hash(image) == self.head.crc))
     }
 
-    fn mark(&self) -> [u8; 8] {
-        let mut mark = [0; 8];
+    fn mark(&self) -> Mark {
+        let mut mark = [0; MARK_BYTES];
         mark[..4].copy_from_slice(&self.at.to_le_bytes());
         mark[4..].copy_from_slice(&self.head.crc.to_le_bytes());
         mark
@@ -270,9 +276,10 @@ impl Store {
     /// Writes down what of a segment is settled, or removes it if all is.
     fn clear(&mut self, number: u64) -> io::Result<()> {
         let (path, gone, aside) = (self.path(number, "seg"), self.path(number, "gone"), self.path(number, "damaged"));
+        let idle_max = IDLE_BYTES_MAX.min(self.max_bytes / IDLE_SHARE);
         let Some(segment) = self.segments.get_mut(&number) else { return Ok(()) };
         let active = self.active == Some(number);
-        if segment.live > 0 || active && segment.bytes <= IDLE_BYTES_MAX {
+        if segment.live > 0 || active && segment.bytes <= idle_max {
             return segment.mark(&gone);
         }
         let removed = if segment.damaged { fs::rename(&path, aside) } else { fs::remove_file(&path) };
@@ -344,14 +351,27 @@ impl Segment {
         if self.unmarked.is_empty() {
             return Ok(());
         }
-        let gone = match &mut self.gone {
+        // Opened anew after an error: what was written of it may end within a mark.
+        let mut gone = match self.gone.take() {
             Some(gone) => gone,
-            None => self.gone.insert(OpenOptions::new().append(true).create(true).mode(0o600).open(path)?),
+            None => open_marks(path)?,
         };
         gone.write_all(&self.unmarked)?;
+        self.gone = Some(gone);
         self.unmarked.clear();
         Ok(())
     }
+}
+
+/// To append marks to. Half of one at its end would shift those behind it, and nobody could read them.
+fn open_marks(path: &Path) -> io::Result<File> {
+    let gone = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    let length = gone.metadata()?.len();
+    let half = length % MARK_BYTES as u64;
+    if half > 0 {
+        gone.set_len(length - half)?;
+    }
+    Ok(gone)
 }
 
 /// What is in the spool, without opening it: also while a daemon has it.
@@ -432,7 +452,7 @@ fn read_at_most(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-fn marks(path: &Path) -> io::Result<HashSet<[u8; 8]>> {
+fn marks(path: &Path) -> io::Result<HashSet<Mark>> {
     let mut bytes = Vec::new();
     match File::open(path) {
         Ok(mut file) => file.read_to_end(&mut bytes)?,
@@ -559,6 +579,21 @@ mod tests {
     }
 
     #[test]
+    fn d3_half_a_mark_that_a_crash_left_hides_none_of_those_behind_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        let spots = store.put(&group(0..4, b"image")).unwrap();
+        store.settle(&spots[..1]).unwrap();
+        drop(store);
+        let mut gone = OpenOptions::new().append(true).open(path(dir.path(), 0, "gone")).unwrap();
+        gone.write_all(b"hal").unwrap();
+        let (mut store, found) = open(dir.path());
+        assert_eq!(ids(&found), [1, 2, 3]);
+        store.settle(&[found[0].1.clone(), found[1].1.clone()]).unwrap();
+        assert_eq!(ids(&open_again(store, dir.path())), [3]);
+    }
+
+    #[test]
     fn a_segment_damaged_in_the_middle_keeps_what_can_be_read_and_is_put_aside() {
         let dir = tempfile::tempdir().unwrap();
         let (mut store, _) = open(dir.path());
@@ -605,6 +640,21 @@ mod tests {
         let mut found = ids(&found);
         found.sort_unstable();
         assert_eq!(found, (0..500).step_by(10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn once_all_is_settled_there_is_room_for_the_largest_frame_however_small_the_spool() {
+        for max in [1u64 << 20, 4 << 20, 64 << 20] {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut store, _) = Store::open(dir.path(), max).unwrap();
+            // A group that takes all there is, in one segment.
+            let image = vec![7; 10 << 10];
+            let many = (max - store.segment_bytes()) / (11 << 10);
+            let spots = store.put(&group(0..many, &image)).unwrap();
+            assert!(!store.has_room(max / 3));
+            store.settle(&spots).unwrap();
+            assert!(store.has_room(max / 3), "{} of {max} bytes are left", store.bytes());
+        }
     }
 
     #[test]

@@ -76,6 +76,8 @@ fn config(directory: &Path) -> Config {
 
 fn arrival(n: u64, size: usize) -> Arrival {
     Arrival {
+        id: FrameId::generate(),
+        flaw: None,
         entry: "{detectorName}".into(),
         source: SourceKind::Push,
         detector: "Cam".into(),

@@ -61,19 +61,20 @@ impl Site {
         let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut troubles);
         let (name, path) = (&self.entry.name, &self.config.path);
-        if let Some(why) = troubles.worst() {
-            if self.health.set(State::Held(why.to_owned())) {
-                tracing::warn!(detector = %name, ?path, "detector held: {why}");
+        let why = troubles.worst();
+        let was_held = self.health.held().is_some();
+        let news = {
+            // Its state under this lock, for lines that are made just now; after the lines, so that who sees it ready sees it up.
+            let inner = self.inner();
+            for line in inner.lines.values() {
+                line.metrics.up(why.is_none());
             }
-        } else {
-            let was_held = self.health.held().is_some();
-            if self.health.set(State::Ok) && was_held {
-                tracing::info!(detector = %name, ?path, "detector delivers again");
-            }
-        }
-        let up = troubles.worst().is_none();
-        for line in self.inner().lines.values() {
-            line.metrics.up(up);
+            self.health.set(why.map_or(State::Ok, |why| State::Held(why.to_owned())))
+        };
+        match why {
+            Some(why) if news => tracing::warn!(detector = %name, ?path, "detector held: {why}"),
+            None if news && was_held => tracing::info!(detector = %name, ?path, "detector delivers again"),
+            Some(_) | None => {}
         }
     }
 }
