@@ -290,8 +290,14 @@ impl Claim {
 
     /// Its name in the instance's directory; `None`: it is too long.
     fn short(&self) -> Option<Vec<u8>> {
-        let prefix = [self.id.as_str().as_bytes(), b"~"].concat();
-        let name = [prefix, escaped(&tree::join(&self.dir, &self.name))].concat();
+        let mut name = Vec::with_capacity(NAME_BYTES_MAX);
+        name.extend_from_slice(self.id.as_str().as_bytes());
+        name.push(b'~');
+        if !self.dir.is_empty() {
+            escape(&self.dir, &mut name);
+            escape(b"/", &mut name);
+        }
+        escape(&self.name, &mut name);
         (name.len() <= NAME_BYTES_MAX).then_some(name)
     }
 
@@ -366,20 +372,18 @@ impl Claim {
     }
 }
 
-/// A path as part of one name.
-fn escaped(path: &[u8]) -> Vec<u8> {
-    let mut name = Vec::with_capacity(path.len());
-    for byte in path {
-        match byte {
-            b'/' => name.extend(b"%2F"),
-            b'%' => name.extend(b"%25"),
-            other => name.push(*other),
-        }
+/// Adds a path, or a part of one, as part of one name. Most need no escaping, and a claim's name is made several times.
+fn escape(path: &[u8], name: &mut Vec<u8>) {
+    let mut rest = path;
+    while let Some(at) = rest.iter().position(|byte| matches!(byte, b'/' | b'%')) {
+        name.extend_from_slice(&rest[..at]);
+        name.extend_from_slice(if rest[at] == b'/' { b"%2F" } else { b"%25" });
+        rest = &rest[at + 1..];
     }
-    name
+    name.extend_from_slice(rest);
 }
 
-/// The sub-directory and the name that [`escaped`] was given. `None`: it is not of that form.
+/// The sub-directory and the name that [`escape`] was given. `None`: it is not of that form.
 fn unescaped(name: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut path = Vec::with_capacity(name.len());
     let mut rest = name;
