@@ -462,8 +462,9 @@ fn lintian_finds_nothing_but_what_is_explained() {
     if !works("lintian", &["--version"]) {
         return skipped("lintian", "no lintian: apt-get install lintian");
     }
-    let output =
-        Command::new("lintian").args(["--display-info", "--pedantic"]).arg(package).output().expect("it starts");
+    // Not every build has the words that are no words, which an override explains.
+    let arguments = ["--display-info", "--pedantic", "--suppress-tags=unused-override"];
+    let output = Command::new("lintian").args(arguments).arg(package).output().expect("it starts");
     assert!(output.status.success() && output.stdout.is_empty(), "{}", text(&output));
 }
 
