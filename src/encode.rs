@@ -130,7 +130,14 @@ fn work(inbox: &Receiver<Job>, buffer_max: usize, build: Build, metrics: &Metric
     let mut buffer = Vec::new();
     let mut done = Vec::with_capacity(TOGETHER_MAX);
     let mut since = None;
-    for Job { take, reply } in inbox {
+    loop {
+        // Not whether there is a job, but the job: another thread may take the one that was seen, and what is done would wait.
+        let next = inbox.try_recv().or_else(|_| {
+            hand_over(&mut done);
+            since = None;
+            inbox.recv()
+        });
+        let Ok(Job { take, reply }) = next else { return };
         // Where nobody waits any more, the frame is not touched.
         let take = if reply.is_closed() { Box::new(|_: &mut Vec<u8>| leave(take)) } else { take };
         let begun = Instant::now();
@@ -140,12 +147,9 @@ fn work(inbox: &Receiver<Job>, buffer_max: usize, build: Build, metrics: &Metric
             metrics.encode_duration.record(ended - begun);
         }
         done.push((reply, encoded));
-        let first = *since.get_or_insert(begun);
-        if inbox.is_empty() || done.len() == TOGETHER_MAX || ended >= first + TOGETHER_WITHIN {
+        if done.len() == TOGETHER_MAX || ended >= *since.get_or_insert(begun) + TOGETHER_WITHIN {
+            hand_over(&mut done);
             since = None;
-            for (reply, encoded) in done.drain(..) {
-                hand_over(reply, encoded);
-            }
         }
         buffer.clear();
         buffer.shrink_to(buffer_max);
@@ -157,10 +161,12 @@ fn leave(untaken: Take) -> Taken {
     Taken::Gone
 }
 
-fn hand_over(reply: oneshot::Sender<Encoded>, encoded: Encoded) {
-    // Where nobody waits any more, the receipt is dropped in here, which gives the frame back.
-    if catch_unwind(AssertUnwindSafe(|| drop(reply.send(encoded)))).is_err() {
-        tracing::error!("a source failed while a frame was given back to it");
+fn hand_over(done: &mut Vec<(oneshot::Sender<Encoded>, Encoded)>) {
+    for (reply, encoded) in done.drain(..) {
+        // Where nobody waits any more, the receipt is dropped in here, which gives the frame back.
+        if catch_unwind(AssertUnwindSafe(|| drop(reply.send(encoded)))).is_err() {
+            tracing::error!("a source failed while a frame was given back to it");
+        }
     }
 }
 
@@ -320,6 +326,17 @@ pub(crate) mod tests {
         let jobs = (0..100).map(|_| encoder.encode(taking(image::tests::a_jpeg()).0));
         let all = futures_util::future::join_all(jobs).await;
         assert!(all.iter().all(|found| matches!(found, Encoded::Ready { .. })));
+    }
+
+    #[tokio::test]
+    async fn no_finished_frame_waits_for_a_job_that_another_thread_took() {
+        let encoder = Encoder::start(2, 8 << 20, Metrics::new());
+        for _ in 0..2000 {
+            // None follows: what is finished must come without being pushed.
+            let jobs = (0..3).map(|_| encoder.encode(Box::new(|_| Taken::Gone)));
+            let all = tokio::time::timeout(Duration::from_secs(30), futures_util::future::join_all(jobs)).await;
+            assert_eq!(all.expect("all come").len(), 3);
+        }
     }
 
     #[tokio::test]
