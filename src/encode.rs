@@ -8,13 +8,14 @@ pub mod image;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use bytes::Bytes;
 use bytesize::ByteSize;
 use crossbeam_channel::{Receiver, Sender};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use self::body::Body;
@@ -24,8 +25,11 @@ use crate::metrics::Metrics;
 use crate::queue::{Take, Taken};
 use crate::settle::{Reason, Receipt, Refusal};
 
-/// Jobs that may wait for each thread, so that none idles while the next one is on its way.
-const WAITING_PER_WORKER: usize = 2;
+/// Frames that a thread hands over together, while more are waiting for it: each hand-over may wake a thread of the runtime, which
+/// costs as much as reading the image.
+const TOGETHER_MAX: usize = 8;
+/// No finished frame is kept from the others for longer, plus the one that is being encoded: on a slow disk each goes alone.
+const TOGETHER_WITHIN: Duration = Duration::from_micros(250);
 /// Bytes that a thread's buffer keeps between frames.
 const BUFFER_KEPT_MAX: u64 = 1 << 20;
 
@@ -53,8 +57,8 @@ impl Default for Config {
 /// The encode threads. They end when it is dropped.
 #[derive(Debug)]
 pub struct Encoder {
+    /// Unbounded: each job is a frame that the queue delivered, and it bounds those by bytes and by line.
     jobs: Sender<Job>,
-    slots: Arc<Semaphore>,
 }
 
 /// What came of one [`Take`].
@@ -90,8 +94,6 @@ type Build = fn(&Frame, &[u8]) -> Result<Body, Flaw>;
 struct Job {
     take: Take,
     reply: oneshot::Sender<Encoded>,
-    /// The job's place in the channel.
-    slot: OwnedSemaphorePermit,
 }
 
 impl Encoder {
@@ -104,8 +106,7 @@ impl Encoder {
     #[expect(clippy::needless_pass_by_value, reason = "each thread owns one; callers have one to give")]
     pub(crate) fn building(workers: usize, max_frame: u64, metrics: Arc<Metrics>, build: Build) -> Self {
         let workers = if workers == 0 { thread::available_parallelism().map_or(1, usize::from) } else { workers };
-        let places = workers * WAITING_PER_WORKER;
-        let (jobs, inbox) = crossbeam_channel::bounded(places);
+        let (jobs, inbox) = crossbeam_channel::unbounded();
         let buffer_max = usize::try_from(max_frame.min(BUFFER_KEPT_MAX)).expect("1 MiB fits");
         for n in 0..workers {
             let (inbox, metrics) = (inbox.clone(), metrics.clone());
@@ -114,34 +115,58 @@ impl Encoder {
                 .spawn(move || work(&inbox, buffer_max, build, &metrics))
                 .expect("the system lets a thread start");
         }
-        Self { jobs, slots: Arc::new(Semaphore::new(places)) }
+        Self { jobs }
     }
 
     /// Runs `take` on one of the threads. Cancel safe: when the waiter is gone, the frame goes back to its source.
     pub async fn encode(&self, take: Take) -> Encoded {
-        let slot = self.slots.clone().acquire_owned().await.expect("never closed");
         let (reply, answer) = oneshot::channel();
-        // There is a place in the channel for each slot, and the threads live as long as the sender.
-        self.jobs.try_send(Job { take, reply, slot }).expect("a slot is a place in the channel");
+        self.jobs.send(Job { take, reply }).expect("the threads live as long as the sender");
         answer.await.unwrap_or(Encoded::Gone)
     }
 }
 
 fn work(inbox: &Receiver<Job>, buffer_max: usize, build: Build, metrics: &Metrics) {
     let mut buffer = Vec::new();
-    for Job { take, reply, slot } in inbox {
-        drop(slot);
+    let mut done = Vec::with_capacity(TOGETHER_MAX);
+    let mut since = None;
+    loop {
+        // Not whether there is a job, but the job: another thread may take the one that was seen, and what is done would wait.
+        let next = inbox.try_recv().or_else(|_| {
+            hand_over(&mut done);
+            since = None;
+            inbox.recv()
+        });
+        let Ok(Job { take, reply }) = next else { return };
+        // Where nobody waits any more, the frame is not touched.
+        let take = if reply.is_closed() { Box::new(|_: &mut Vec<u8>| leave(take)) } else { take };
         let begun = Instant::now();
         let encoded = encode(take, &mut buffer, build);
+        let ended = Instant::now();
         if !matches!(encoded, Encoded::Gone) {
-            metrics.encode_duration.record(begun.elapsed());
+            metrics.encode_duration.record(ended - begun);
         }
+        done.push((reply, encoded));
+        if done.len() == TOGETHER_MAX || ended >= *since.get_or_insert(begun) + TOGETHER_WITHIN {
+            hand_over(&mut done);
+            since = None;
+        }
+        buffer.clear();
+        buffer.shrink_to(buffer_max);
+    }
+}
+
+fn leave(untaken: Take) -> Taken {
+    drop(untaken);
+    Taken::Gone
+}
+
+fn hand_over(done: &mut Vec<(oneshot::Sender<Encoded>, Encoded)>) {
+    for (reply, encoded) in done.drain(..) {
         // Where nobody waits any more, the receipt is dropped in here, which gives the frame back.
         if catch_unwind(AssertUnwindSafe(|| drop(reply.send(encoded)))).is_err() {
             tracing::error!("a source failed while a frame was given back to it");
         }
-        buffer.clear();
-        buffer.shrink_to(buffer_max);
     }
 }
 
@@ -259,14 +284,31 @@ pub(crate) mod tests {
             wait.recv().unwrap();
             take(buffer)
         });
-        tokio::select! {
-            biased;
-            _ = encoder.encode(slow) => panic!("still blocked"),
-            () = std::future::ready(()) => {}
-        }
+        let mut waiter = Box::pin(encoder.encode(slow));
+        assert!(futures_util::poll!(&mut waiter).is_pending());
         begun.recv().unwrap();
+        drop(waiter);
         go.send(()).unwrap();
         assert_eq!(settled.recv(), Ok(Disposition::Released));
+    }
+
+    #[tokio::test]
+    async fn a_frame_whose_waiter_is_gone_before_its_turn_is_not_touched() {
+        let (encoder, _) = start();
+        let (go, wait) = mpsc::channel::<()>();
+        let blocking: Take = Box::new(move |_| {
+            wait.recv().unwrap();
+            Taken::Gone
+        });
+        let mut first = Box::pin(encoder.encode(blocking));
+        assert!(futures_util::poll!(&mut first).is_pending());
+        let (take, settled) = taking(image::tests::a_jpeg());
+        let mut second = Box::pin(encoder.encode(take));
+        assert!(futures_util::poll!(&mut second).is_pending());
+        drop(second);
+        go.send(()).unwrap();
+        assert!(matches!(first.await, Encoded::Gone));
+        assert!(settled.recv().is_err(), "it was dropped untaken");
     }
 
     #[tokio::test]
@@ -279,11 +321,22 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn more_jobs_than_places_wait_their_turn() {
+    async fn many_jobs_wait_their_turn() {
         let (encoder, _) = start();
         let jobs = (0..100).map(|_| encoder.encode(taking(image::tests::a_jpeg()).0));
         let all = futures_util::future::join_all(jobs).await;
         assert!(all.iter().all(|found| matches!(found, Encoded::Ready { .. })));
+    }
+
+    #[tokio::test]
+    async fn no_finished_frame_waits_for_a_job_that_another_thread_took() {
+        let encoder = Encoder::start(2, 8 << 20, Metrics::new());
+        for _ in 0..2000 {
+            // None follows: what is finished must come without being pushed.
+            let jobs = (0..3).map(|_| encoder.encode(Box::new(|_| Taken::Gone)));
+            let all = tokio::time::timeout(Duration::from_secs(30), futures_util::future::join_all(jobs)).await;
+            assert_eq!(all.expect("all come").len(), 3);
+        }
     }
 
     #[tokio::test]

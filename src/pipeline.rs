@@ -4,6 +4,7 @@
 //! Not here: where frames come from and what a source does with a [`Disposition`].
 
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::encode::{Encoded, Encoder};
@@ -51,17 +52,21 @@ pub struct Stages {
 /// Aborting it releases what is in hand: the receipts drop.
 pub async fn run(mut outlet: Outlet, stages: Arc<Stages>, beat: Progress) {
     let mut in_hand = JoinSet::new();
+    // Both live as long as the loop, which turns several times for each frame: to begin and end a wait takes locks.
+    let mut stopped = pin!(stages.stop.cancelled());
+    let mut idle = tokio::time::interval(IDLE_BEAT);
+    idle.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         beat.tick();
         tokio::select! {
             biased;
-            () = stages.stop.cancelled() => break,
+            () = &mut stopped => break,
             Some(joined) = in_hand.join_next() => note_panic(joined),
             delivery = outlet.next() => match delivery {
                 Some(delivery) => { in_hand.spawn(carry(delivery, stages.clone())); }
                 None => break,
             },
-            () = tokio::time::sleep(IDLE_BEAT) => {}
+            _ = idle.tick() => {}
         }
     }
     drop(outlet);

@@ -237,7 +237,13 @@ async fn settle(
                     site.nudge();
                 }
             }
-            n = settled.recv_many(&mut batch, BATCH) => {
+            mut n = settled.recv_many(&mut batch, BATCH) => {
+                // Whoever is about to settle too gets the chance, so that one thread is woken for all of them.
+                tokio::task::yield_now().await;
+                while n < BATCH && let Ok(one) = settled.try_recv() {
+                    batch.push(one);
+                    n += 1;
+                }
                 let left = settle_batch(site, std::mem::take(&mut batch)).await;
                 if stuck.is_empty() && !left.is_empty() {
                     again = Instant::now() + SETTLE_AGAIN;

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::tree;
+use super::tree::{self, Opened};
 use crate::frame::FrameId;
 
 /// The hidden directory in each drop directory.
@@ -55,14 +55,6 @@ pub(super) struct Claim {
     pub dir: Arc<[u8]>,
     /// The name that it had.
     pub name: Arc<[u8]>,
-}
-
-/// The directory that a claim lies in.
-pub(super) enum Place<'a> {
-    /// The instance's own, as for all but long paths.
-    Instance(BorrowedFd<'a>),
-    /// One of the claim's own, below that.
-    Below(OwnedFd),
 }
 
 impl Root {
@@ -274,31 +266,38 @@ impl Instance {
 }
 
 impl Claim {
-    /// The directory that it lies in, and its name there.
-    pub(super) fn place(&self) -> io::Result<(Place<'_>, Vec<u8>)> {
+    /// The directory that it lies in (the instance's own, as for all but long paths, or one of its own below that), and its
+    /// name there.
+    pub(super) fn place(&self) -> io::Result<(Opened<'_>, Vec<u8>)> {
         self.place_by(tree::open_below)
     }
 
     /// The same, making what is missing of a long path's directories.
-    fn make_place(&self) -> io::Result<(Place<'_>, Vec<u8>)> {
+    fn make_place(&self) -> io::Result<(Opened<'_>, Vec<u8>)> {
         self.place_by(tree::make_below)
     }
 
     fn place_by(
         &self,
         below: impl FnOnce(BorrowedFd<'_>, &[u8]) -> io::Result<OwnedFd>,
-    ) -> io::Result<(Place<'_>, Vec<u8>)> {
+    ) -> io::Result<(Opened<'_>, Vec<u8>)> {
         let instance = self.instance.fd.as_fd();
         match self.short() {
-            Some(name) => Ok((Place::Instance(instance), name)),
-            None => Ok((Place::Below(below(instance, &self.long())?), self.name.to_vec())),
+            Some(name) => Ok((Opened::Already(instance), name)),
+            None => Ok((Opened::Now(below(instance, &self.long())?), self.name.to_vec())),
         }
     }
 
     /// Its name in the instance's directory; `None`: it is too long.
     fn short(&self) -> Option<Vec<u8>> {
-        let prefix = [self.id.as_str().as_bytes(), b"~"].concat();
-        let name = [prefix, escaped(&tree::join(&self.dir, &self.name))].concat();
+        let mut name = Vec::with_capacity(NAME_BYTES_MAX);
+        name.extend_from_slice(self.id.as_str().as_bytes());
+        name.push(b'~');
+        if !self.dir.is_empty() {
+            escape(&self.dir, &mut name);
+            escape(b"/", &mut name);
+        }
+        escape(&self.name, &mut name);
         (name.len() <= NAME_BYTES_MAX).then_some(name)
     }
 
@@ -364,8 +363,8 @@ impl Claim {
     }
 
     /// Removes the directory of its own; one that stays is pruned later.
-    fn remove_place(&self, place: &Place<'_>) {
-        if let Place::Below(_) = place
+    fn remove_place(&self, place: &Opened<'_>) {
+        if let Opened::Now(_) = place
             && let Ok(parent) = tree::open_below(self.instance.fd.as_fd(), &self.dir)
         {
             rustix::fs::unlinkat(&parent, format!("{}~", self.id).as_str(), AtFlags::REMOVEDIR).ok();
@@ -373,29 +372,18 @@ impl Claim {
     }
 }
 
-impl AsFd for Place<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Instance(fd) => *fd,
-            Self::Below(fd) => fd.as_fd(),
-        }
+/// Adds a path, or a part of one, as part of one name. Most need no escaping, and a claim's name is made several times.
+fn escape(path: &[u8], name: &mut Vec<u8>) {
+    let mut rest = path;
+    while let Some(at) = rest.iter().position(|byte| matches!(byte, b'/' | b'%')) {
+        name.extend_from_slice(&rest[..at]);
+        name.extend_from_slice(if rest[at] == b'/' { b"%2F" } else { b"%25" });
+        rest = &rest[at + 1..];
     }
+    name.extend_from_slice(rest);
 }
 
-/// A path as part of one name.
-fn escaped(path: &[u8]) -> Vec<u8> {
-    let mut name = Vec::with_capacity(path.len());
-    for byte in path {
-        match byte {
-            b'/' => name.extend(b"%2F"),
-            b'%' => name.extend(b"%25"),
-            other => name.push(*other),
-        }
-    }
-    name
-}
-
-/// The sub-directory and the name that [`escaped`] was given. `None`: it is not of that form.
+/// The sub-directory and the name that [`escape`] was given. `None`: it is not of that form.
 fn unescaped(name: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut path = Vec::with_capacity(name.len());
     let mut rest = name;

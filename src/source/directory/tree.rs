@@ -66,6 +66,26 @@ pub(super) fn look_along(path: &Path) -> io::Result<Look> {
     Ok(Look::new(&rustix::io::retry_on_intr(|| rustix::fs::stat(path))?))
 }
 
+/// A directory that was opened, or that was open already.
+pub(super) enum Opened<'a> {
+    Already(BorrowedFd<'a>),
+    Now(OwnedFd),
+}
+
+impl AsFd for Opened<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Already(fd) => *fd,
+            Self::Now(fd) => fd.as_fd(),
+        }
+    }
+}
+
+/// As [`open_below`], but `root` itself is not opened once more: for each frame.
+pub(super) fn reach_below<'a>(root: BorrowedFd<'a>, rel: &[u8]) -> io::Result<Opened<'a>> {
+    if rel.is_empty() { Ok(Opened::Already(root)) } else { open_below(root, rel).map(Opened::Now) }
+}
+
 /// Opens the directory `rel` (components between slashes, empty for `root` itself) below `root`, on the same file system.
 pub(super) fn open_below(root: BorrowedFd<'_>, rel: &[u8]) -> io::Result<OwnedFd> {
     walk(root, rel, |_, _| Err(Errno::NOENT))

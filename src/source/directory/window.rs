@@ -15,7 +15,7 @@ use crate::source::Order;
 use crate::source::lanes::{Lanes, Timed};
 
 /// Files held in the window of one source.
-pub(super) const FRAMES_MAX: usize = 65_536;
+pub(super) const FRAMES_MAX: usize = 131_072;
 
 /// A file by the place where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -1,6 +1,6 @@
 //! Taking: a frame in line is offered to the queue, and on an encode worker read, checked and claimed.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use rustix::buffer::spare_capacity;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use tokio::time::Instant;
@@ -146,7 +147,7 @@ impl Site {
     fn take_file(&self, root: &Arc<Root>, waiting: &Waiting, buffer: &mut Vec<u8>) -> Result<Catch, Failure> {
         let key = &waiting.key;
         let reading = |error| Failure { step: Step::Read, error, claim: None };
-        let dir = match tree::open_below(root.fd.as_fd(), &key.dir) {
+        let dir = match tree::reach_below(root.fd.as_fd(), &key.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Catch::Vanished),
             other => other.map_err(reading)?,
         };
@@ -458,14 +459,17 @@ impl Drop for Offered {
 /// `false`: it changed while it was read.
 fn read(dir: BorrowedFd<'_>, name: &[u8], look: &Look, buffer: &mut Vec<u8>) -> io::Result<bool> {
     let file = tree::open_file(dir, name)?;
-    let before = tree::look_at(&file)?;
-    if !before.same_content(look) {
+    if !tree::look_at(&file)?.same_content(look) {
         return Ok(false);
     }
+    // One byte more than there should be: the call that reads the file also tells whether it has grown.
     buffer.reserve(usize::try_from(look.size).unwrap_or(0) + 1);
-    let mut file = std::fs::File::from(file);
-    // One byte more than there should be: a file that grew is noticed without another call.
-    (&mut file).take(look.size + 1).read_to_end(buffer)?;
+    loop {
+        let n = rustix::io::retry_on_intr(|| rustix::io::read(&file, spare_capacity(buffer)))?;
+        if n == 0 || buffer.len() as u64 >= look.size {
+            break;
+        }
+    }
     Ok(buffer.len() as u64 == look.size && tree::look_at(&file)?.same_content(look))
 }
 
