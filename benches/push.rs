@@ -2,17 +2,23 @@
 //! on the same box. Senders, engine and daemon share the machine, and all of it is bound by what the disk syncs.
 #![expect(clippy::print_stdout, reason = "the result")]
 
+#[path = "support/process.rs"]
+#[expect(dead_code, reason = "other benches use the rest")]
+mod process;
+
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use framegate::simulator::{Options, Simulator, faces};
+
+use crate::process::Process;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -24,8 +30,6 @@ const FRAMES_MAX: u64 = 20_000;
 const RUN_MAX: Duration = Duration::from_secs(6);
 /// For the daemon to be ready, and for what it holds to be published.
 const PATIENCE: Duration = Duration::from_mins(1);
-/// Of `/proc/PID/stat`: the same on every Linux.
-const TICKS_PER_SECOND: f64 = 100.0;
 
 fn main() {
     let face = BASE64_STANDARD.encode(faces::face(1, FACE_BYTES));
@@ -51,7 +55,7 @@ fn run(senders: u64, request: &[u8], engine: &str, publishes: bool) {
     let site = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
     let daemon = Daemon::start(site.path(), engine);
     let (sent, begun) = (AtomicU64::new(0), Instant::now());
-    let cpu = daemon.cpu_seconds();
+    let cpu = daemon.process.cpu();
     std::thread::scope(|scope| {
         for _ in 0..senders {
             scope.spawn(|| {
@@ -69,11 +73,11 @@ fn run(senders: u64, request: &[u8], engine: &str, publishes: bool) {
     let frames = daemon.metric("framegate_frames_received_total{detector=\"Cam\",source=\"push\"}");
     let syncs = daemon.metric("framegate_spool_syncs_total");
     println!(
-        "  {senders:3} senders: {:6.0} frames/s, {:5.1} frames a sync, {:4.0} µs of CPU each, {:4.0} MiB resident",
+        "  {senders:3} senders: {:6.0} frames/s, {:5.1} frames a sync, {:4.0} µs of CPU each, {:4.0} MiB at the peak",
         frames / spooled,
         frames / syncs,
-        (daemon.cpu_seconds() - cpu) * 1e6 / frames,
-        daemon.resident_mib(),
+        daemon.process.cpu().since(cpu).total().as_secs_f64() * 1e6 / frames,
+        daemon.process.peak_mib(),
     );
     if publishes {
         let done = || daemon.metric("framegate_spool_frames") < 1.0;
@@ -89,7 +93,7 @@ fn run(senders: u64, request: &[u8], engine: &str, publishes: bool) {
 }
 
 struct Daemon {
-    child: Child,
+    process: Process,
     admin: String,
 }
 
@@ -112,9 +116,7 @@ impl Daemon {
             command.arg(name).arg("--config").arg(site.join("framegate.toml"));
             command
         };
-        let log = fs::File::create(site.join("log")).expect("a file");
-        let child = command("run").stdout(Stdio::null()).stderr(log).spawn().expect("the daemon starts");
-        let mut daemon = Self { child, admin: String::new() };
+        let mut daemon = Self { process: Process::start(&mut command("run")), admin: String::new() };
         let begun = Instant::now();
         loop {
             let status = command("status").arg("--json").output().expect("the command runs");
@@ -135,25 +137,5 @@ impl Daemon {
         stream.read_to_string(&mut text).expect("it answers");
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
         value.unwrap_or(0.0)
-    }
-
-    fn cpu_seconds(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
-        let fields: Vec<&str> = stat.rsplit(')').next().expect("a name").split_whitespace().collect();
-        let ticks = |at: usize| fields[at].parse::<f64>().expect("a number");
-        (ticks(11) + ticks(12)) / TICKS_PER_SECOND
-    }
-
-    fn resident_mib(&self) -> f64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line");
-        line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.child.kill().expect("it runs");
-        self.child.wait().expect("a child");
     }
 }

@@ -62,8 +62,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Where metrics, health and status are read, over HTTP. There is no password: keep it on loopback, or behind a proxy.
+    /// Changes with a restart only.
     pub listen: SocketAddr,
-    /// The Unix socket of the commands that act on the running daemon; for its own user and root.
+    /// The Unix socket of the commands that act on the running daemon; for its own user and root. Changes with a restart only.
     pub control: PathBuf,
 }
 

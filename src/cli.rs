@@ -35,6 +35,66 @@ Examples:
   framegate publish --detector Lobby a.jpg photos/   publish these by hand
   framegate dead-letter list              what the engine would not take, and why";
 
+const RUN_EXAMPLES: &str = "\
+Examples:
+  framegate run                              on the installed configuration
+  framegate run --config framegate.toml
+  kill -HUP PID                              as `framegate reload`, without an answer
+
+SIGTERM lets what is in flight settle until shutdown.deadline and gives the rest back; a second one ends at once.
+Exit code 0 after a clean stop, 78 if the configuration is wrong, 1 otherwise.";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  framegate check                            the installed configuration
+  framegate check --config framegate.toml
+
+Connects to nothing and touches nothing. Exit code 78 if anything is wrong.";
+
+const RELOAD_EXAMPLES: &str = "\
+Examples:
+  framegate check && framegate reload        detectors that did not change are not disturbed
+  systemctl reload framegate                 the same
+
+Exit code 1 if it is refused; then the old configuration goes on.";
+
+const DEAD_LETTER_EXAMPLES: &str = "\
+Examples:
+  framegate dead-letter list
+  framegate dead-letter list --reason rejected --detector Lobby --json
+  framegate dead-letter show ID --image face.jpg
+  framegate dead-letter retry --reason forbidden   after the permission was given
+  framegate dead-letter purge --older-than 30d
+
+They work with and without a running daemon. Exit code 1 if nothing fits or something failed.";
+
+const SPOOL_EXAMPLES: &str = "\
+Examples:
+  framegate spool list
+  framegate spool purge --detector Lobby --older-than 2h
+
+Listing needs no daemon. Exit code 1 if something failed.";
+
+const PIN_EXAMPLES: &str = "\
+Examples:
+  framegate pin https://10.0.0.123:5009      compare the key with the engine's own before you trust it";
+
+const SCHEMA_EXAMPLES: &str = "\
+Examples:
+  framegate schema > framegate.schema.json   for editors that complete and check TOML
+  framegate schema | jq '.[\"$defs\"] | keys'";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  framegate completions bash > /usr/share/bash-completion/completions/framegate
+  framegate completions zsh > /usr/share/zsh/vendor-completions/_framegate
+  framegate completions fish > /usr/share/fish/vendor_completions.d/framegate.fish";
+
+const MAN_EXAMPLES: &str = "\
+Examples:
+  framegate man | man -l -
+  framegate man --directory /usr/share/man/man1";
+
 /// Publishes face images from drop directories to the eConnect Identities engine without losing one.
 #[derive(Debug, Parser)]
 #[command(name = "framegate", version, about, after_help = EXAMPLES, propagate_version = true)]
@@ -56,10 +116,13 @@ struct ConfigArgs {
 #[expect(clippy::doc_markdown, reason = "--help shows these lines as they are")]
 enum Command {
     /// Run the daemon in the foreground
+    #[command(after_help = RUN_EXAMPLES)]
     Run(ConfigArgs),
     /// Read the configuration and say what it would do
+    #[command(after_help = CHECK_EXAMPLES)]
     Check(ConfigArgs),
     /// Make the running daemon take its new configuration, or say why not
+    #[command(after_help = RELOAD_EXAMPLES)]
     Reload(ConfigArgs),
     /// Show how the running daemon is doing
     Status(status::Args),
@@ -70,26 +133,32 @@ enum Command {
     /// Publish files or directories by hand, and exit
     Publish(publish::Args),
     /// Look at, retry or remove frames that could not be published
+    #[command(after_help = DEAD_LETTER_EXAMPLES)]
     DeadLetter(DeadLetterArgs),
     /// Look at or remove pushed frames that wait in the spool
+    #[command(after_help = SPOOL_EXAMPLES)]
     Spool(SpoolArgs),
     /// Show all of it at work on this machine, without credentials
     Demo(demo::Args),
     /// Run the stand-in engine alone
     SimulateEngine(Box<simulate_engine::Args>),
     /// Print the public-key pin of an engine's certificate, for engine.pin_sha256
+    #[command(after_help = PIN_EXAMPLES)]
     Pin {
         /// The engine's address, for example https://10.0.0.123:5009
         url: String,
     },
     /// Print the JSON schema of the configuration
+    #[command(after_help = SCHEMA_EXAMPLES)]
     Schema,
     /// Print completions for a shell
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {
         /// Which shell
         shell: Shell,
     },
     /// Print the man page
+    #[command(after_help = MAN_EXAMPLES)]
     Man {
         /// Write a page for each command into this directory instead, which must exist
         #[arg(long, value_name = "DIR")]

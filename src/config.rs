@@ -34,7 +34,7 @@ const DETECTORS: &str = "detectors";
 /// The directory of further files, beside the first.
 const FURTHER_FILES: &str = "conf.d";
 
-/// Everything that can be configured.
+/// Everything that can be configured. Times are written `500ms`, `10s`, `1m 30s` or `7d`, sizes `8MiB` or `1GiB`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(title = "Framegate configuration")]
@@ -42,22 +42,22 @@ pub struct Settings {
     /// The engine, and how to reach it.
     #[serde(default)]
     pub engine: publish::engine::Config,
-    /// Rates, retries and concurrency.
+    /// How fast frames are published, how many at once, how often one is tried.
     #[serde(default)]
     pub publish: publish::Config,
-    /// Memory and encode threads.
+    /// How images are read and made into requests.
     #[serde(default)]
     pub encode: encode::Config,
-    /// Where frames go that the engine will never take.
+    /// Where frames are kept that the engine will never take, each with the reason.
     #[serde(default)]
     pub dead_letter: settle::dead_letter::Config,
-    /// Where frames wait that are acknowledged before they are published.
+    /// Where frames wait whose senders were told that they are safe, before they are published.
     #[serde(default)]
     pub spool: source::spool::Config,
-    /// Frames pushed over HTTP.
+    /// Where frames are pushed to over HTTP, with the engine's own API.
     #[serde(default)]
     pub push: source::push::Server,
-    /// Metrics, health, status and control.
+    /// Where the daemon is looked at and told what to do.
     #[serde(default)]
     pub admin: admin::Config,
     /// What is logged, and how.
@@ -66,7 +66,7 @@ pub struct Settings {
     /// How the daemon stops.
     #[serde(default)]
     pub shutdown: Shutdown,
-    /// Where frames come from.
+    /// Where frames come from: one entry for each detector, or for a family of them. Each has exactly one source.
     #[serde(default)]
     pub detectors: Vec<source::Entry>,
     /// Where relative secret files are looked up; not a key.
@@ -101,7 +101,7 @@ impl Settings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Shutdown {
-    /// How long frames in flight may take to settle after a stop; then they are released.
+    /// How long frames in hand may take to end after a stop; what is left then goes back to its source.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub deadline: Duration,

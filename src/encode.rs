@@ -33,12 +33,13 @@ const BUFFER_KEPT_MAX: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Threads; 0 means one for each CPU.
+    /// Threads that read and encode images; 0: one for each CPU. Changes with a restart only.
     pub workers: usize,
-    /// Images and bodies in memory at once.
+    /// Memory for images and request bodies together. When it is used up, frames wait at their sources.
     #[schemars(with = "String")]
     pub memory: ByteSize,
-    /// Larger files are refused: left where they are, counted and said once.
+    /// The largest image. Larger files are left where they are, counted and said once; larger messages become dead letters.
+    /// Changes with a restart only.
     #[schemars(with = "String")]
     pub max_frame: ByteSize,
 }

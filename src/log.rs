@@ -40,7 +40,7 @@ const ROOM: usize = 4096;
 pub struct Config {
     /// error, warn, info, debug, trace or off; or a filter such as `info,framegate::publish=debug`.
     pub level: String,
-    /// How a line looks.
+    /// How a line looks. Changes with a restart only.
     pub format: Format,
 }
 

@@ -105,6 +105,65 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("build_info", G, "1, with the version."),
 ];
 
+/// The labels of those that have some. `detector` is the only one whose values come from outside.
+const LABELS: &[(&str, &[&str])] = &[
+    ("frames_received_total", &["detector", "source"]),
+    ("frames_published_total", &["detector"]),
+    ("frames_dead_lettered_total", &["detector", "reason"]),
+    ("frames_dropped_total", &["detector", "reason"]),
+    ("frames_returned_total", &["detector"]),
+    ("frames_pending", &["detector"]),
+    ("frames_refused_total", &["detector", "reason"]),
+    ("published_bytes_total", &["detector"]),
+    ("publish_attempts_total", &["result"]),
+    ("publish_retries_total", &["reason"]),
+    ("frame_delivery_seconds", &["detector"]),
+    ("frame_age_seconds", &["detector"]),
+    ("engine_state", &["state"]),
+    ("token_refreshes_total", &["kind", "result"]),
+    ("detector_up", &["detector"]),
+    ("detector_last_frame_timestamp_seconds", &["detector"]),
+    ("detector_silence_alarm_seconds", &["detector"]),
+    ("redelivered_total", &["detector"]),
+    ("lost_upstream_total", &["detector", "reason"]),
+    ("settle_errors_total", &["operation"]),
+    ("dead_letters_purged_total", &["reason"]),
+    ("push_answers_total", &["status"]),
+    ("config_reloads_total", &["result"]),
+    ("build_info", &["version"]),
+];
+
+/// What there is to know about a metric, for its reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Described {
+    /// With the prefix left out.
+    pub name: &'static str,
+    /// In Prometheus' words.
+    pub kind: &'static str,
+    /// Of a histogram, in seconds.
+    pub buckets: &'static [f64],
+    /// Names of its labels.
+    pub labels: &'static [&'static str],
+    /// What it says.
+    pub help: &'static str,
+}
+
+/// Every metric of ours, in the order of the table.
+pub fn described() -> impl Iterator<Item = Described> {
+    TABLE.iter().map(|&(name, kind, help)| {
+        let (kind, buckets): (_, &[f64]) = match kind {
+            C => ("counter", &[]),
+            G => ("gauge", &[]),
+            H(buckets) => ("histogram", buckets),
+        };
+        Described { name, kind, buckets, labels: labels_of(name), help }
+    })
+}
+
+fn labels_of(name: &str) -> &'static [&'static str] {
+    LABELS.iter().find(|(of, _)| *of == name).map_or(&[], |(_, labels)| labels)
+}
+
 /// All metrics of one daemon. Handles for what is hot are looked up once, here or in [`DetectorMetrics`].
 pub struct Metrics {
     recorder: PrometheusRecorder,
@@ -561,6 +620,10 @@ fn known(name: &str) {
 }
 
 fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
+    debug_assert!(
+        labels.iter().map(|(label, _)| label).eq(labels_of(name)),
+        "the labels of {name} are not in the table"
+    );
     let labels: Vec<Label> = labels.iter().map(|(k, v)| Label::new(*k, (*v).to_owned())).collect();
     Key::from_parts(format!("framegate_{name}"), labels)
 }

@@ -62,19 +62,19 @@ const NO_SKEW: i64 = i64::MIN;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Attempts per second of the whole box, logins included; 0: no limit.
+    /// Attempts per second of the whole box, retries and logins included; 0: no limit.
     pub rate: f64,
-    /// So many may go at once after a quiet time; 0: one second's worth.
+    /// Attempts that may follow each other at once after a quiet time; 0: one second's worth of `rate`.
     pub burst: u32,
-    /// Ceiling of the adaptive concurrency.
+    /// How many frames are published at a time at most; how many really are follows from the engine's answers.
     pub max_in_flight: usize,
-    /// Attempts of one frame that the engine answers with a server error, while it takes others.
+    /// Attempts for one frame that the engine answers with a server error while it takes others; then it becomes a dead letter.
     pub attempts: u32,
-    /// Shortest wait before another try.
+    /// The shortest wait before another attempt.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub backoff_min: Duration,
-    /// Longest wait before another try.
+    /// The longest wait before another attempt.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub backoff_max: Duration,

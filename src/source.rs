@@ -170,9 +170,9 @@ impl Config {
         }
     }
 
-    /// Connects to where frames come from, takes nothing, and says what stands in the way; `None`: there is nothing to
-    /// connect to.
-    pub async fn reach(&self, files: &Files<'_>) -> Option<anyhow::Result<()>> {
+    /// Connects to where frames come from, takes and makes nothing, and says what there is, or what stands in the way;
+    /// `None`: there is nothing to connect to.
+    pub async fn reach(&self, files: &Files<'_>) -> Option<anyhow::Result<String>> {
         match self {
             Config::Directory(_) | Config::Push(_) => None,
             Config::Redis(config) => Some(redis::reach(config, files).await),
@@ -258,30 +258,30 @@ pub const SOURCE_KEYS: [&str; 5] = ["directory", "push", "redis", "nats", "mqtt"
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Entry")]
 struct Written {
-    /// The engine's `detectorName`. May hold placeholders: `{path.0}`, the first directory below `path`; `{subject.1}`,
+    /// The engine's `detectorName`. Must be set. May hold placeholders: `{path.0}`, the first directory below `path`; `{subject.1}`,
     /// a part of a NATS subject; `{topic.1}`, a level of an MQTT topic; `{field.detectorName}` of a Redis stream's, NATS or
     /// MQTT message; `{detectorName}` of a pushed frame.
     name: String,
-    /// IANA time zone of the detector.
+    /// The detector's IANA time zone, letter for letter, as `America/Los_Angeles`. Must be set.
     time_zone: String,
-    /// Attempts per second; 0 means no limit.
+    /// Attempts per second for this detector; 0: no limit but that of `[publish]`.
     rate: f64,
-    /// Turns against the other detectors; at least 1.
+    /// Turns that it gets for one of a detector with weight 1; at least 1.
     weight: u32,
     /// Which waiting frame goes first.
     order: Order,
-    /// Frames older than this are dropped, and counted; 0 means never.
+    /// Frames older than this are dropped and counted; 0: none is ever too old.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     max_age: Duration,
-    /// Say so when no frame came for this long.
+    /// Say so (log, metrics, status) when no frame came for this long. Without it, silence is no trouble.
     #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     silence_alarm: Option<Duration>,
-    /// The drop directory.
+    /// A drop directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     directory: Option<directory::Config>,
-    /// Frames that others push over HTTP.
+    /// Frames that others push to where `[push]` listens; written `push = {}`.
     #[serde(skip_serializing_if = "Option::is_none")]
     push: Option<push::Config>,
     /// A Redis stream, read as one of a consumer group.

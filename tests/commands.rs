@@ -360,7 +360,8 @@ fn every_command_has_a_help_and_the_whole_names_them_all() {
         assert!(whole.contains(&format!("\n  {command} ")), "{command}: {whole}");
         let help = free(&[command, "--help"]);
         assert!(help.status.success(), "{command}: {}", all_of(&help));
-        assert!(text_of(&help.stdout).contains("Usage:"), "{command}");
+        let help = text_of(&help.stdout);
+        assert!(help.contains("Usage:") && help.contains("Examples:\n"), "{command}: {help}");
     }
     assert!(text_of(&free(&["--version"]).stdout).starts_with("framegate 0."));
     assert_eq!(free(&["frobnicate"]).status.code(), Some(2));

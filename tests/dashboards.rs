@@ -183,6 +183,19 @@ impl Dashboard {
 }
 
 #[test]
+fn every_metric_of_ours_is_on_a_panel() {
+    let (table, dashboard) = (read("src/metrics.rs"), read("deploy/grafana/framegate.json"));
+    let (_, table) = table.split_once("const TABLE").expect("the table");
+    let (table, _) = table.split_once("\n];").expect("its end");
+    let names = table.split('(').filter_map(|row| row.trim_start().strip_prefix('"')?.split('"').next());
+    // How often the disk is asked says nothing but beside what a benchmark asks of it.
+    let names: Vec<&str> = names.filter(|name| *name != "spool_syncs_total").collect();
+    assert!(names.len() > 40, "{names:?}");
+    let missing = names.iter().filter(|name| !dashboard.contains(&format!("framegate_{name}")));
+    assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "on no panel");
+}
+
+#[test]
 fn the_files_that_compose_mounts_are_there() {
     let compose = read("deploy/compose.yaml");
     let mounts: Vec<&str> = compose.lines().filter_map(|line| line.trim().strip_prefix("- ./")).collect();

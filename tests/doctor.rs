@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use framegate::simulator::Certificate;
 use serde_json::Value;
+use support::brokers::{Nats, Redis};
 use support::engine::{Engine, put_face};
+use support::faults::{Mount, skipped};
 use support::{PATIENCE, Site, eventually};
 
 /// The lines of `doctor --json`, and whether it found nothing that fails.
@@ -160,4 +162,75 @@ fn what_only_the_running_daemon_knows_is_asked_of_it() {
         let (lines, _) = doctor(&site);
         lines.iter().any(|line| line["found"].as_str().is_some_and(|it| it.contains("silence_alarm"))).then_some(())
     });
+}
+
+#[test]
+fn brokers_are_reached_with_their_accounts_and_nothing_is_made_there() {
+    let test = "brokers_are_reached_with_their_accounts_and_nothing_is_made_there";
+    let (Some(redis), Some(nats)) = (Redis::start(), Nats::start()) else {
+        return skipped(test, "redis-server or nats-server is missing");
+    };
+    let entry = |redis: &str, nats: &str| {
+        (
+            format!("redis = {{ url = \"{redis}\", stream = \"frames\" }}"),
+            format!("nats = {{ url = \"{nats}\", stream = \"FRAMES\" }}"),
+        )
+    };
+    let engine = Engine::start();
+    let (one, two) = entry(&redis.url(), &nats.url());
+    let site = Site::new(&engine.base_url()).fed("Stream", "UTC", &one).fed("Subject", "UTC", &two);
+    site.write_config();
+    let (lines, _) = doctor(&site);
+    is(&lines, "detector Stream", "the stream will be made", "ok", "");
+    is(&lines, "detector Subject", "there is no stream FRAMES: create it", "fail", "is nats.url right");
+    nats.make_stream();
+    redis.add(&["detectorName", "Door"], &support::engine::image(1));
+    let (lines, _) = doctor(&site);
+    is(&lines, "detector Stream", "the last entry of its stream is", "ok", "");
+    is(&lines, "detector Subject", "consumer framegate will be made", "ok", "");
+    assert!(nats.consumer().is_none(), "looking makes nothing");
+    assert_eq!(redis.cli(&["XINFO", "GROUPS", "frames"]), "", "looking makes nothing");
+
+    let (one, two) = entry("redis://127.0.0.1:1", "nats://127.0.0.1:1");
+    let away = Site::new(&engine.base_url()).fed("Stream", "UTC", &one).fed("Subject", "UTC", &two);
+    away.write_config();
+    let (lines, healthy) = doctor(&away);
+    assert!(!healthy);
+    is(&lines, "detector Stream", "refused", "fail", "does a firewall stand between");
+    is(&lines, "detector Subject", "127.0.0.1:1", "fail", "does a firewall stand between");
+}
+
+#[test]
+fn a_box_with_a_small_disk_for_its_spool_and_far_too_few_inodes_is_told_so() {
+    let place = tempfile::tempdir().unwrap();
+    let Some(_disk) = Mount::tmpfs(place.path(), "size=8m,nr_inodes=64") else {
+        return skipped(
+            "a_box_with_a_small_disk_for_its_spool_and_far_too_few_inodes_is_told_so",
+            "a tmpfs cannot be mounted",
+        );
+    };
+    let engine = Engine::start();
+    let spool = place.path().join("spool");
+    fs::create_dir(&spool).unwrap();
+    let sections =
+        format!("[push]\nlisten = \"unix:{0}/push.sock\"\n[spool]\ndirectory = \"{0}/spool\"", place.path().display());
+    let site = Site::new(&engine.base_url()).section(&sections).fed("Pushed", "UTC", "push = {}");
+    site.write_config();
+    is(&doctor(&site).0, "spool", "inodes are free", "warn", "df -i");
+}
+
+#[test]
+fn a_credential_that_only_the_running_service_gets_is_no_failure() {
+    let engine = Engine::start();
+    let site = Site::new(&engine.base_url()).detector("Lobby", "UTC", "");
+    site.write_config();
+    fs::remove_file(site.path().join("engine-password")).unwrap();
+    let output = site
+        .command(&["doctor", "--user", "root", "--json", "--stored", "engine-password"])
+        .output()
+        .expect("the binary starts");
+    let lines: Vec<Value> = serde_json::from_slice(&output.stdout).expect("JSON");
+    is(&lines, "secret", "the service gets it when it starts", "ok", "");
+    is(&lines, "engine: login", "not tried", "warn", "systemctl start framegate");
+    assert!(output.status.success(), "{lines:#?}");
 }

@@ -25,6 +25,8 @@ const RELOAD_SECONDS: &str = "10";
 const SPARK_HEIGHT: u64 = 100;
 /// What happened at all is seen, however little it was.
 const SPARK_LEAST: u64 = 5;
+/// What is worked off sooner than this is no backlog to speak of.
+const BACKLOG_LEAST: Duration = Duration::from_secs(10);
 /// Between the groups of three digits: narrow, and never broken.
 const DIGITS_APART: char = '\u{202f}';
 
@@ -228,18 +230,20 @@ fn figures(shown: &Shown) -> Markup {
     let published: u64 = shown.detectors.iter().map(|row| row.published).sum();
     let (letters, bytes) = shown.dead_letters;
     let (publishing, waiting) = (total(shown, |step| step.published), total(shown, |step| step.pending));
-    let most_waiting = waiting.iter().max().copied().unwrap_or(0);
+    let most_published = most_per_second(&publishing).max(rate);
+    let most_waiting = i128::from(waiting.iter().max().copied().unwrap_or(0)).max(pending.into());
+    let ever = |most: &str| format!("at most {most} in the last hour");
     html! {
         h2.unseen { "Figures" }
         dl {
             div {
                 dt { "Published per second" }
-                dd { (number(rate)) " " small { "at most " (number(most_per_second(&publishing))) " in the last hour" } }
+                dd { (number(rate)) " " small { (ever(&number(most_published))) } }
                 dd { (sparkline(&publishing, "published")) }
             }
             div {
                 dt { "Waiting" }
-                dd { (whole(pending)) " " small { (caught_up(pending, rate).unwrap_or_else(|| format!("at most {} in the last hour", whole(most_waiting)))) } }
+                dd { (whole(pending)) " " small { (caught_up(pending, rate).unwrap_or_else(|| ever(&whole(most_waiting)))) } }
                 dd { (sparkline(&waiting, "waiting")) }
             }
             div { dt { "Published" } dd { (whole(published)) " " small { "in " (span(shown.uptime)) } } }
@@ -431,13 +435,14 @@ fn whole(n: impl Into<i128>) -> String {
 
 /// How long until nothing waits, if it goes on like this and nothing more comes.
 pub fn caught_up(pending: i64, rate: f64) -> Option<String> {
-    let waits = pending > 0 && rate >= 0.05;
-    waits.then(|| format!("about {} at this pace", span(Duration::from_secs_f64((pending as f64 / rate).min(1e9)))))
+    let seconds = if rate < 0.05 { 0.0 } else { pending as f64 / rate };
+    let time = Duration::from_secs_f64(seconds.clamp(0.0, 1e9));
+    (time >= BACKLOG_LEAST).then(|| format!("about {} at this pace", span(time)))
 }
 
-/// How long before `now`, in its largest unit; nothing is before it that is after it.
+/// How long before `now`, in whole seconds or its largest unit; nothing is before it that is after it.
 pub fn ago(now: Timestamp, then: Timestamp) -> String {
-    span(Duration::try_from(now.duration_since(then)).unwrap_or_default())
+    span(Duration::from_secs(now.duration_since(then).as_secs().try_into().unwrap_or(0)))
 }
 
 /// In its largest unit, for people.
@@ -574,6 +579,26 @@ pub(super) mod tests {
         for (n, text) in [(0_u64, "0"), (999, "999"), (1000, "1\u{202f}000"), (1_234_567, "1\u{202f}234\u{202f}567")] {
             assert_eq!(whole(n), text);
         }
+    }
+
+    #[test]
+    fn only_a_backlog_to_speak_of_has_an_end_to_wait_for() {
+        for (pending, rate, text) in
+            [(740, 12.34, Some("about 59 s at this pace")), (4, 17.0, None), (9, 0.0, None), (-1, 1.0, None)]
+        {
+            assert_eq!(caught_up(pending, rate).as_deref(), text);
+        }
+    }
+
+    #[test]
+    fn the_most_of_an_hour_is_never_less_than_what_is_now() {
+        let mut shown = shown();
+        (shown.detectors[0].rate, shown.detectors[0].pending) = (700.0, 3);
+        let figures = figures(&shown).into_string();
+        assert!(
+            figures.contains("at most 700 in the last hour") && figures.contains("at most 3 in the last"),
+            "{figures}"
+        );
     }
 
     #[test]

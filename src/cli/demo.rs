@@ -361,8 +361,9 @@ mod tests {
             format!("{DELIVERY_SUM}{{detector=\"A\"}} {sum}\n{DELIVERY_COUNT}{{detector=\"A\"}} {count}\n")
         };
         let mut latency = Latency::default();
-        let shown = [text(0.0, 0), text(2.0, 4), text(2.0, 4), text(5.0, 5)].map(|text| latency.look(&text));
-        assert_eq!(shown, [0.0, 0.5, 0.5, 3.0]);
+        let shown =
+            [text(0.0, 0), text(2.0, 4), text(2.0, 4), text(5.0, 5)].map(|text| format!("{:.1}", latency.look(&text)));
+        assert_eq!(shown, ["0.0", "0.5", "0.5", "3.0"]);
     }
 
     #[tokio::test(start_paused = true)]

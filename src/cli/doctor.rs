@@ -8,7 +8,7 @@ mod engine;
 mod machine;
 mod queues;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::Context as _;
@@ -24,6 +24,9 @@ use crate::publish::State;
 const SERVICE_USER: &str = "framegate";
 /// Where systemd puts the installed unit's credentials.
 const SERVICE_CREDENTIALS: &str = "/run/credentials/framegate.service";
+
+/// Where systemd takes credentials from that a unit names by their name alone; for root.
+const CREDENTIAL_STORE: &str = "/etc/credstore";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +47,9 @@ pub(super) struct Args {
     /// Look with this user's rights (root only); without it root looks as `framegate`, if there is such a user
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
+    /// What lies in systemd's store of credentials, which only root sees; said by root to the service's user
+    #[arg(long, hide = true, value_name = "FILE")]
+    stored: Vec<PathBuf>,
 }
 
 /// How one thing is.
@@ -83,7 +89,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if let Some(code) = as_the_service(args)? {
         return Ok(code);
     }
-    let lines = look(&args.config.config)?;
+    let lines = look(&args.config.config, &args.stored)?;
     let text = if args.json { format!("{:#}\n", serde_json::to_value(&lines)?) } else { told(&lines) };
     super::print(&text)?;
     let failed = lines.iter().any(|line| line.outcome == Outcome::Fail);
@@ -108,6 +114,8 @@ fn as_the_service(args: &Args) -> anyhow::Result<Option<ExitCode>> {
     if args.json {
         again.arg("--json");
     }
+    let stored = std::fs::read_dir(CREDENTIAL_STORE).into_iter().flatten().flatten();
+    again.args(stored.flat_map(|file| ["--stored".into(), file.file_name()]));
     let status = again
         .status()
         .context("cannot look with the service's rights: `setpriv` (util-linux) is missing; use --user root")?;
@@ -123,7 +131,7 @@ fn primary_group(name: &str) -> Option<String> {
 }
 
 /// Everything, in the order in which it should be mended.
-fn look(config: &Path) -> anyhow::Result<Vec<Line>> {
+fn look(config: &Path, stored: &[PathBuf]) -> anyhow::Result<Vec<Line>> {
     let mut environment = Environment::from_process();
     if environment.credentials_directory.is_none() && Path::new(SERVICE_CREDENTIALS).is_dir() {
         environment.credentials_directory = Some(SERVICE_CREDENTIALS.into());
@@ -144,7 +152,7 @@ fn look(config: &Path) -> anyhow::Result<Vec<Line>> {
     directories::look(&loaded.settings, &mut lines);
     super::runtime()?.block_on(async {
         queues::look(&loaded.settings, &mut lines).await;
-        engine::look(&loaded.settings, &mut lines).await;
+        engine::look(&loaded.settings, stored, &mut lines).await;
     });
     daemon(&loaded, &mut lines);
     Ok(lines)

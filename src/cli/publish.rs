@@ -44,8 +44,17 @@ const OPEN_FILES_RESERVED: u64 = 16;
 /// Failures that are listed one by one; the others are only counted.
 const LISTED_MAX: usize = 20;
 
+const EXAMPLES: &str = "\
+Examples:
+  framegate publish face.jpg                          the configuration has one detector
+  framegate publish --detector Lobby a.jpg photos/    directories are searched
+  framegate publish --detector Lobby --time-zone UTC photos/
+
+The files stay where they are. Exit code 0 if all were accepted, 1 otherwise.";
+
 /// Arguments of `framegate publish`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Args {
     #[command(flatten)]
     config: super::ConfigArgs,

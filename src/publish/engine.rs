@@ -37,31 +37,34 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(15);
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where the engine answers; a path is kept: `https://customer.econnectcloud.com/identities`.
+    /// Where the engine answers: on-premise `https://HOST:5009`, in the cloud `https://customer.econnectcloud.com/identities`.
+    /// Must be set.
     pub base_url: String,
-    /// Who logs in.
+    /// The account; it needs the permission *Face Publishing*. Needed, with `password_file`, unless there is a `token_file`.
     pub username: Option<String>,
-    /// File with the password; read again at every login.
+    /// A file with the password and nothing else, read again at every login. A relative path is looked up in systemd's
+    /// `$CREDENTIALS_DIRECTORY`, then beside the configuration. Other users must not be able to read it.
     pub password_file: Option<PathBuf>,
-    /// File with a ready token, read again when it changes; instead of username and password.
+    /// Instead of `username` and `password_file`: a file with a ready token, read again when it changes. Looked up like those.
     pub token_file: Option<PathBuf>,
-    /// Deadline of one attempt, from connecting to the answer's last byte.
+    /// The longest that one attempt may take, from connecting to the answer's last byte. Not longer than `shutdown.deadline`.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub timeout: Duration,
-    /// Deadline of DNS, TCP and TLS together.
+    /// The longest that connecting may take: DNS, TCP and TLS together.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub connect_timeout: Duration,
-    /// HTTP/2; costs about twice the CPU with bodies of this size.
+    /// HTTP/2 instead of HTTP/1.1; it costs about twice the CPU time with bodies of this size.
     pub http2: bool,
-    /// Trust this CA (PEM) and no other.
+    /// Trust this CA (a PEM file) and no other, for an on-premise engine that has its own. Looked up like `password_file`.
     pub ca_file: Option<PathBuf>,
-    /// Exactly these public keys: SHA-256, base64 or hexadecimal, as `framegate pin URL` shows them.
+    /// Accept exactly these public keys, self-signed or not: SHA-256 in base64 or hexadecimal, as `framegate pin URL` shows them.
+    /// Empty: what a CA vouches for.
     pub pin_sha256: Vec<String>,
-    /// Takes any certificate. Whoever is in between can then read frames and the password.
+    /// Accept any certificate. Whoever can answer in the engine's place then gets the password and the faces.
     pub danger_accept_invalid_certs: bool,
-    /// An HTTP proxy to go through. The environment's proxies are not looked at.
+    /// An HTTP proxy on the way to the engine. The proxies of the environment are not looked at.
     pub proxy: Option<String>,
 }
 

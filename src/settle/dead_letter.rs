@@ -50,12 +50,12 @@ const TEMPORARY: &str = ".tmp-";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where they are kept.
+    /// Where they are kept, for the service's user alone. Changes with a restart only.
     pub directory: PathBuf,
-    /// Beyond this the oldest are removed. Files count as whole blocks of 4 KiB.
+    /// All of them together; beyond it the oldest are removed. Files count as whole blocks of 4 KiB.
     #[schemars(with = "String")]
     pub max_size: ByteSize,
-    /// Older ones are removed; 0 means none is ever too old.
+    /// How long they are kept; 0: none is ever too old.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub max_age: Duration,

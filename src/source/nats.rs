@@ -65,9 +65,11 @@ pub async fn run(config: Config, around: Surroundings) {
     }
 }
 
-/// Connects, takes nothing, and says what stands in the way.
-pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<()> {
-    Link::connect(config, files).await.map(drop)
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let is_there = Link::connect(config, files).await?.has_consumer(config).await?;
+    let consumer = if is_there { "is there" } else { "will be made" };
+    Ok(format!("it lets us in, its stream is there, consumer {} {consumer}", config.consumer))
 }
 
 struct Source {

@@ -53,19 +53,20 @@ impl Config {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Server {
-    /// `unix:/run/framegate/push.sock`, an address and port, or `systemd` for the socket of that unit.
+    /// A Unix socket (`unix:/run/framegate/push.sock`, for framegate's user and group), an address and port, or `systemd` for the
+    /// socket of `framegate-push.socket`. Needed where an entry has `push`. Changes with a restart only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
-    /// The account that pushes.
+    /// The account that pushes. It and the certificate are needed for any other address than loopback.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
-    /// A file with its password.
+    /// A file with its password, looked up like the engine's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
-    /// Our certificate and those between it and its CA (PEM).
+    /// Our certificate and those between it and its CA (a PEM file). Read again at a reload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_cert_file: Option<PathBuf>,
-    /// Its private key (PEM).
+    /// Its private key (a PEM file), looked up like `password_file`. Read again at a reload.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_key_file: Option<PathBuf>,
 }

@@ -87,9 +87,17 @@ fn served() -> MutexGuard<'static, BTreeSet<String>> {
     SERVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Connects, takes nothing, and says what stands in the way.
-pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<()> {
-    Link::connect(config, config.consumer(), files).await.map(drop)
+/// Connects, takes and makes nothing, and says what there is, or what stands in the way.
+pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<String> {
+    let looked = async {
+        let mut link = Link::connect(config, config.consumer(), files).await?;
+        anyhow::Ok(link.last_generated().await?)
+    };
+    match looked.await {
+        Ok(Some(last)) => Ok(format!("it lets us in, the last entry of its stream is {last}")),
+        Ok(None) => Ok("it lets us in, the stream will be made with its group".into()),
+        Err(error) => Err(anyhow::anyhow!(link::explain(&error))),
+    }
 }
 
 struct Source {

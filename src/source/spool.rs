@@ -60,9 +60,9 @@ const PROBE_BYTES: usize = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where pushed and MQTT frames are kept until they are published.
+    /// Where pushed and MQTT frames are kept until they are published. Changes with a restart only.
     pub directory: PathBuf,
-    /// Bytes on disk, all of them together; beyond it new frames are refused.
+    /// All of it on disk. When it is full, new frames are refused, and their senders keep them.
     #[schemars(with = "String")]
     pub max_size: ByteSize,
 }

@@ -1,5 +1,7 @@
 //! The way to the engine: name, connection, certificate, login, token, clocks; and the files with its secrets.
 
+use std::path::PathBuf;
+
 use jiff::{SignedDuration, Timestamp};
 
 use super::Line;
@@ -15,36 +17,44 @@ const SKEW_WARN: SignedDuration = SignedDuration::from_secs(5);
 /// Tokens that live shorter make a login or renewal every few minutes.
 const TOKEN_LIFE_WARN: SignedDuration = SignedDuration::from_mins(5);
 
-pub(super) async fn look(settings: &Settings, lines: &mut Vec<Line>) {
-    secrets(settings, lines);
+/// `stored`: names of credentials that systemd will hand over, and that only root can read.
+pub(super) async fn look(settings: &Settings, stored: &[PathBuf], lines: &mut Vec<Line>) {
+    let handed_over = secrets(settings, stored, lines);
     let config = settings.engine();
     match examine(&config, settings.engine_secrets()).await {
-        Ok(found) => walk(settings, &found, lines),
+        Ok(found) => walk(settings, &found, handed_over, lines),
         Err(error) => lines.push(Line::fail("engine", format!("{error:#}"), "correct engine.base_url")),
     }
 }
 
-fn secrets(settings: &Settings, lines: &mut Vec<Line>) {
+/// Whether the engine's secret is one that the service alone gets.
+fn secrets(settings: &Settings, stored: &[PathBuf], lines: &mut Vec<Line>) -> bool {
     let facts = Facts::gather(settings);
     for (file, state) in &facts.secrets {
         let path = settings.secret_path(file);
         let show = path.display();
         lines.push(match state {
             SecretFile::Usable => Line::ok("secret", format!("{show} can be read")),
+            SecretFile::Away(_) if stored.contains(file) => {
+                Line::ok("secret", format!("{} is in /etc/credstore: the service gets it when it starts", file.display()))
+            }
             SecretFile::Away(why) => Line::fail(
                 "secret",
                 why,
                 format!(
-                    "put it there, readable for the service only: install -m 0600 -o framegate /dev/stdin {show}; or LoadCredential={}:FILE in the unit",
+                    "for the installed service: install -m 0600 /dev/stdin /etc/credstore/{0} && systemctl restart framegate (another name needs LoadCredential={0} in the unit); else: install -m 0600 -o framegate /dev/stdin {show}",
                     file.display()
                 ),
             ),
             SecretFile::Unfit(why) => Line::fail("secret", why, format!("chmod 0600 {show}")),
         });
     }
+    let engine = [&settings.engine.password_file, &settings.engine.token_file];
+    let is_away = |file: &PathBuf| matches!(facts.secrets.get(file), Some(SecretFile::Away(_)));
+    engine.into_iter().flatten().any(|file| is_away(file) && stored.contains(file))
 }
 
-fn walk(settings: &Settings, found: &Examined, lines: &mut Vec<Line>) {
+fn walk(settings: &Settings, found: &Examined, handed_over: bool, lines: &mut Vec<Line>) {
     let target = &found.target;
     match &found.addresses {
         Ok(addresses) => {
@@ -85,6 +95,11 @@ fn walk(settings: &Settings, found: &Examined, lines: &mut Vec<Line>) {
     }
     match &found.login {
         Some(Ok(login)) => logged_in(login, lines),
+        Some(Err((State::Credentials, _))) if handed_over => lines.push(Line::warn(
+            "engine: login",
+            "not tried: the password is for the running service alone",
+            "systemctl start framegate, then look again",
+        )),
         Some(Err((state, why))) => {
             let line = format!("{}: {why}", state.as_str());
             lines.push(Line::fail("engine: login", line, remedy(*state)));

@@ -1,4 +1,4 @@
-//! The box: limits of inotify and of file descriptors, memory, and the directory of dead letters.
+//! The box: limits of inotify and of file descriptors, memory, and the directories of dead letters and spool.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit};
 use super::Line;
 use super::directories::{Rights, rights};
 use crate::config::Settings;
-use crate::source::Entry;
+use crate::source::{Entry, spool};
 
 /// Watches that others on the box may need.
 const WATCHES_SPARE: u64 = 1024;
@@ -30,7 +30,10 @@ pub(super) fn look(settings: &Settings, lines: &mut Vec<Line>) {
     limit("fs.inotify.max_user_watches", trees + WATCHES_SPARE, lines);
     descriptors(settings, lines);
     memory(settings, lines);
-    dead_letters(settings, lines);
+    kept("dead letters", &settings.dead_letter.directory, settings.dead_letter.max_size, lines);
+    if settings.detectors.iter().any(spool::serves) {
+        kept("spool", &settings.spool.directory, settings.spool.max_size, lines);
+    }
 }
 
 fn limit(key: &str, needed: u64, lines: &mut Vec<Line>) {
@@ -84,24 +87,24 @@ fn memory(settings: &Settings, lines: &mut Vec<Line>) {
     }
 }
 
-fn dead_letters(settings: &Settings, lines: &mut Vec<Line>) {
-    let directory = &settings.dead_letter.directory;
+/// A directory of the service's own: for dead letters, for the spool.
+fn kept(subject: &str, directory: &Path, most: ByteSize, lines: &mut Vec<Line>) {
     let show = directory.display();
     match rights(directory) {
         Rights::Missing if directory.parent().is_some_and(|parent| rights(parent) == Rights::All) => {
-            lines.push(Line::ok("dead letters", format!("{show} will be made")));
+            lines.push(Line::ok(subject, format!("{show} will be made")));
         }
         Rights::Missing => lines.push(Line::fail(
-            "dead letters",
+            subject,
             format!("{show} does not exist and cannot be made"),
             format!("install -d -m 0700 -o framegate -g framegate {show}; with the installed unit, StateDirectory=framegate does it"),
         )),
         Rights::Lacking(what) => lines.push(Line::fail(
-            "dead letters",
+            subject,
             format!("{show}: {what}"),
             format!("chown framegate: {show} && chmod 0700 {show}; under systemd also ReadWritePaths={show}"),
         )),
-        Rights::All => space("dead letters", directory, Some(settings.dead_letter.max_size), lines),
+        Rights::All => space(subject, directory, Some(most), lines),
     }
 }
 

@@ -8,7 +8,7 @@ pub(super) async fn look(settings: &Settings, lines: &mut Vec<Line>) {
         let Some(reached) = entry.source.reach(&|file| settings.secret_path(file)).await else { continue };
         let (subject, place) = (format!("detector {}", entry.name), entry.place());
         lines.push(match reached {
-            Ok(()) => Line::ok(subject, format!("{place}: it lets us in")),
+            Ok(found) => Line::ok(subject, format!("{place}: {found}")),
             Err(error) => {
                 let key = entry.source.key();
                 let remedy = format!(

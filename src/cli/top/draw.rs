@@ -17,7 +17,9 @@ use crate::metrics::Condition;
 use crate::publish::State;
 
 /// A lower screen has one line for each thing.
-const ROOMY_ROWS: u16 = 18;
+const ROOMY_ROWS: usize = 18;
+/// A screen that is lower still shows nothing of the detector under the cursor but its row.
+const DETAIL_ROWS_MIN: usize = 8;
 /// Lines that one text of the engine's may take on a roomy screen.
 const WRAPPED_LINES_MAX: usize = 2;
 /// Lines of totals on a roomy screen.
@@ -31,6 +33,8 @@ const NAME_COLUMNS_MAX: usize = 40;
 const WHY_COLUMNS_MIN: usize = 20;
 /// Clocks further apart are worth a word, seconds.
 const SKEW_TOLD: f64 = 5.0;
+/// A backlog that takes longer to work off is worth a word, seconds.
+const CAUGHT_UP_TOLD: f64 = 10.0;
 /// In front of the engine's lines.
 const LABEL_COLUMNS: usize = 8;
 
@@ -133,7 +137,7 @@ struct Parts {
 
 impl Parts {
     fn new(model: &Model, width: usize, height: usize) -> Self {
-        let roomy = height >= usize::from(ROOMY_ROWS);
+        let roomy = height >= ROOMY_ROWS;
         let mut head = vec![title(model, width)];
         head.extend(away(model, width, roomy));
         head.extend(engine(model, width, roomy));
@@ -142,7 +146,7 @@ impl Parts {
         if roomy {
             head.push(Line::default());
         }
-        let detail = if roomy { detail(model, width) } else { Vec::new() };
+        let detail = if height >= DETAIL_ROWS_MIN { detail(model, width, roomy) } else { Vec::new() };
         // The footer's line, the table's head and one detector come first.
         head.truncate(height.saturating_sub(3).max(1));
         Self { head, detail, height }
@@ -277,7 +281,11 @@ fn figures(model: &Model) -> Vec<(&'static str, String)> {
         ),
         ("memory", format!("{part} % of {}", bytes(status.memory_budget_bytes))),
     ];
-    if let Some(until) = caught_up(pending, rate) {
+    // Told behind what it follows from.
+    if let Some(until) = caught_up(pending, rate)
+        && status.engine.state == State::Open
+        && pending as f64 > rate * CAUGHT_UP_TOLD
+    {
         figures.insert(2, ("caught up in", until));
     }
     if status.spool_frames > 0 || status.spool_max_bytes > 0 {
@@ -472,14 +480,12 @@ fn text(model: &Model, detector: &DetectorStatus, column: Column) -> String {
     }
 }
 
-/// All that is known about the detector under the cursor, whatever the table has room for.
-fn detail(model: &Model, width: usize) -> Vec<Line<'static>> {
+/// All that is known about the detector under the cursor, whatever the table has room for; in one line on a low screen.
+fn detail(model: &Model, width: usize, roomy: bool) -> Vec<Line<'static>> {
     let detectors = model.detectors();
     let Some(at) = model.cursor(&detectors) else { return Vec::new() };
     let detector = detectors[at];
     let counts = &detector.counts;
-    let head = format!("── {} ", shown(&detector.name));
-    let rule = "─".repeat(width.saturating_sub(head.width()));
     let mut text = format!(
         "received {}, published {}, dead letters {}, dropped {}, returned {}, waiting {}, refused {}; last frame {} ago",
         counts.received,
@@ -497,6 +503,11 @@ fn detail(model: &Model, width: usize) -> Vec<Line<'static>> {
     if let Some(why) = model.trouble(detector) {
         text = format!("{}: {}. {text}", counts.condition().as_str(), printable(why));
     }
+    if !roomy {
+        return vec![Line::raw(cut(&text, width))];
+    }
+    let head = format!("── {} ", shown(&detector.name));
+    let rule = "─".repeat(width.saturating_sub(head.width()));
     let mut lines = vec![Line::styled(cut(&(head + &rule), width), DIM)];
     lines.extend(wrapped(&text, width, WRAPPED_LINES_MAX).into_iter().map(Line::raw));
     // Always as high, so that the table keeps its place while the mark moves.

@@ -14,34 +14,34 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The directory that the detector writes to.
+    /// The drop directory: where the detector writes to. Must be set.
     pub path: PathBuf,
-    /// Look into its sub-directories too.
+    /// Take files of its sub-directories too.
     pub recursive: bool,
-    /// Which file names are images: globs against the name alone, in upper or lower case.
+    /// Names of the files to take: globs against the name alone, in upper or lower case.
     pub include: Vec<String>,
-    /// A file that was not renamed into place or closed while watching is complete when unchanged for this long.
+    /// A file that was not renamed into place is complete when nothing changed for this long and its image has its end.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub quiet: Duration,
-    /// A file without its end becomes a dead letter when unchanged for this long.
+    /// A file without its end that has not changed for this long becomes a dead letter, `truncated`.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub partial_timeout: Duration,
-    /// Time between full scans.
+    /// The whole directory is looked through this often, whatever was noticed in between.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub rescan: Duration,
     /// How new files are noticed.
     pub watch: Watch,
-    /// Where the detection time comes from.
+    /// Where the time of detection comes from.
     pub detect_time: DetectTime,
     /// What becomes of a published file.
     pub after_publish: AfterPublish,
-    /// Where `after_publish = "archive"` puts the files.
+    /// Where `after_publish = "archive"` puts the files; best on the file system of `path`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub archive: Option<PathBuf>,
-    /// Archived files are removed after this long; 0 means never.
+    /// How long archived files are kept; 0: for ever.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub archive_max_age: Duration,
@@ -106,13 +106,13 @@ pub enum DetectTime {
     Name(FromName),
 }
 
-/// A detection time in a file's name.
+/// The time in the file's name, else `modified`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FromName {
-    /// Regular expression with a group `time`.
+    /// Regular expression with a group named `time`.
     pub name: String,
-    /// strftime-like format of that group; without an offset it is in the detector's time zone.
+    /// Format of that group, as of strftime; without an offset it is in the detector's time zone.
     pub format: String,
 }
 
@@ -161,7 +161,12 @@ impl JsonSchema for DetectTime {
         let from_name = generator.subschema_for::<FromName>();
         schemars::json_schema!({
             "description": "Where the detection time comes from.",
-            "anyOf": [{ "type": "string", "enum": ["modified", "arrival", "exif"] }, from_name],
+            "oneOf": [
+                { "const": "modified", "type": "string", "description": "The file's modification time." },
+                { "const": "arrival", "type": "string", "description": "The moment when Framegate noticed the file." },
+                { "const": "exif", "type": "string", "description": "`DateTimeOriginal` in the image, else `modified`." },
+                from_name,
+            ],
         })
     }
 }

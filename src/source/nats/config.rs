@@ -13,12 +13,12 @@ use crate::source::Fault;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `nats://HOST:PORT`, `tls://` for TLS; several servers with commas between them.
+    /// `nats://HOST:PORT`, `tls://` for TLS; several servers with commas between them. Must be set.
     pub url: String,
     /// The account's name; its password is in `password_file`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
-    /// A file with the account's password.
+    /// A file with the account's password, looked up like the engine's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
     /// A file with a token, instead of an account.
@@ -30,7 +30,7 @@ pub struct Config {
     /// Trust this CA (a PEM file), too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// The stream's name. It is not created: its subjects, replicas and limits are its owner's.
+    /// The stream's name. Must be set. It is not created: its subjects, replicas and limits are its owner's.
     pub stream: String,
     /// The durable pull consumer, created where it is missing. Boxes that share it share its messages.
     pub consumer: String,

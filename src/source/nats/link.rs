@@ -143,20 +143,35 @@ impl Link {
 
     /// Looks the consumer up, and makes it where it is missing; a new one begins at `first`.
     pub(super) async fn consumer(&mut self, config: &Config, first: Option<u64>) -> anyhow::Result<Facts> {
-        let result = self.find_consumer(config, first).await;
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let info = result.map_err(|error| match said {
-            Some(said) => anyhow!("{error:#} ({said})"),
-            None => error,
-        })?;
+        let made = async {
+            let stream = self.stream(config).await?;
+            match look_up(&stream, config).await? {
+                Some(info) => Ok(info),
+                None => make(&stream, config, first).await,
+            }
+        };
+        let info = made.await.map_err(|error| self.with_what_was_said(error))?;
         facts(&info.config).map_err(|why| anyhow!("consumer {}: {why}", config.consumer))
     }
 
-    async fn find_consumer(&self, config: &Config, first: Option<u64>) -> anyhow::Result<consumer::Info> {
+    /// Whether the consumer is there; that its stream is not is an error.
+    pub(super) async fn has_consumer(&self, config: &Config) -> anyhow::Result<bool> {
+        let looked = async { anyhow::Ok(look_up(&self.stream(config).await?, config).await?.is_some()) };
+        looked.await.map_err(|error| self.with_what_was_said(error))
+    }
+
+    fn with_what_was_said(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.said.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(said) => anyhow!("{error:#} ({said})"),
+            None => error,
+        }
+    }
+
+    async fn stream(&self, config: &Config) -> anyhow::Result<Stream> {
         let mut context = jetstream::new(self.client.clone());
         context.set_timeout(RESPONSE_TIMEOUT);
         let found = context.get_stream(&config.stream).await;
-        let stream = found.map_err(|error| {
+        found.map_err(|error| {
             let code =
                 if let GetStreamErrorKind::JetStream(said) = error.kind() { Some(said.error_code()) } else { None };
             if code == Some(ErrorCode::STREAM_NOT_FOUND) {
@@ -164,12 +179,7 @@ impl Link {
             } else {
                 anyhow!("the stream cannot be looked up, JetStream may be switched off or not permitted: {error}")
             }
-        })?;
-        match stream.consumer_info(&config.consumer).await {
-            Ok(info) => Ok(info),
-            Err(error) if is_missing(&error) => make(&stream, config, first).await,
-            Err(error) => bail!("the consumer cannot be looked up, it may not be permitted: {error}"),
-        }
+        })
     }
 
     /// Whether a pull is under way.
@@ -329,6 +339,14 @@ fn is_missing(error: &ConsumerInfoError) -> bool {
         return said.error_code() == ErrorCode::CONSUMER_NOT_FOUND;
     }
     kind == ConsumerInfoErrorKind::NotFound
+}
+
+async fn look_up(stream: &Stream, config: &Config) -> anyhow::Result<Option<consumer::Info>> {
+    match stream.consumer_info(&config.consumer).await {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => bail!("the consumer cannot be looked up, it may not be permitted: {error}"),
+    }
 }
 
 async fn make(stream: &Stream, config: &Config, first: Option<u64>) -> anyhow::Result<consumer::Info> {

@@ -16,20 +16,20 @@ const TAKE_OVER_MIN: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `redis://HOST:PORT`, `rediss://` for TLS; `/N` behind it for another database than 0.
+    /// `redis://HOST:PORT`, `rediss://` for TLS; `/N` behind it for another database than 0. Must be set.
     pub url: String,
     /// The account of the server's ACL; without it, its default account.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
-    /// A file with its password.
+    /// A file with its password, looked up like the engine's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
     /// Trust this CA (a PEM file) instead of those of this box.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// The stream's key.
+    /// The stream's key. Must be set.
     pub stream: String,
-    /// The consumer group, created where it is missing.
+    /// The consumer group, created where it is missing, from the stream's beginning. Boxes of one group share its entries.
     pub group: String,
     /// This box's name in the group: of its own on every box, and the same after a restart. Empty: the host's name.
     pub consumer: String,

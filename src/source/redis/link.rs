@@ -132,7 +132,8 @@ impl Link {
         }
     }
 
-    async fn last_generated(&mut self) -> RedisResult<Option<EntryId>> {
+    /// The greatest id that the stream ever had; `None`: there is no stream.
+    pub(super) async fn last_generated(&mut self) -> RedisResult<Option<EntryId>> {
         let info = cmd("XINFO").arg("STREAM").arg(&self.stream).query_async(&mut self.writer).await;
         match info {
             Ok(Value::Array(facts)) => {
