@@ -23,7 +23,7 @@ const CLIENT_ID_BYTES_MAX: usize = 255;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `mqtt://HOST:PORT`, `mqtts://` for TLS.
+    /// `mqtt://HOST:PORT`, `mqtts://` for TLS. Must be set.
     pub url: String,
     /// 5, or 3 for MQTT 3.1.1.
     pub version: u8,
@@ -36,7 +36,7 @@ pub struct Config {
     /// Trust this CA (a PEM file) instead of those of this box.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// What is subscribed to: `+` stands for one level, `#` for all the rest.
+    /// What is subscribed to: `+` stands for one level, `#` for all the rest. Must be set.
     pub topic: String,
     /// The name of our session at the broker: of its own on every box, and the same after a restart. Empty: `framegate-`
     /// and the host's name.
