@@ -76,6 +76,8 @@ pub struct Daemon {
     source_tasks: JoinSet<()>,
     /// Outlives each source, so that a reload publishes nothing again.
     unsettled: directory::Unsettled,
+    /// Outlives each source, so that two do not fight for one.
+    sessions: source::Sessions,
     pipeline: JoinSet<()>,
     services: JoinSet<()>,
     stop_pipeline: CancellationToken,
@@ -246,6 +248,7 @@ impl Daemon {
             sources: Vec::new(),
             source_tasks: JoinSet::new(),
             unsettled: directory::Unsettled::default(),
+            sessions: source::Sessions::default(),
             pipeline,
             services,
             stop_pipeline,
@@ -435,6 +438,7 @@ impl Daemon {
             intake: self.intake.clone(),
             metrics: self.shared.metrics.clone(),
             unsettled: self.unsettled.clone(),
+            sessions: self.sessions.clone(),
             max_frame: self.settings.encode.max_frame.as_u64(),
             health: health.clone(),
             spool,

@@ -125,6 +125,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("detector_last_frame_timestamp_seconds", &["detector"]),
     ("detector_silence_alarm_seconds", &["detector"]),
     ("redelivered_total", &["detector"]),
+    ("sessions_lost_total", &["detector"]),
     ("lost_upstream_total", &["detector", "reason"]),
     ("sessions_lost_total", &["detector"]),
     ("settle_errors_total", &["operation"]),

@@ -24,6 +24,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+pub use self::mqtt::Sessions;
 pub use self::name::{Placeholders, Template};
 use crate::metrics::Metrics;
 use crate::queue::Intake;
@@ -216,6 +217,8 @@ pub struct Surroundings {
     pub health: Health,
     /// What former sources of drop directories could not settle.
     pub unsettled: directory::Unsettled,
+    /// Who has which session at a broker.
+    pub sessions: Sessions,
     /// Where frames wait that are acknowledged before they are published; there if an entry needs it.
     pub spool: Option<Arc<spool::Spool>>,
     /// The push server; there if `[push]` says where to listen.

@@ -600,6 +600,30 @@ fn what_comes_while_we_are_stopped_waits_at_the_broker() {
     }
 }
 
+#[test]
+fn a_reload_that_changes_the_entry_under_load_loses_and_doubles_nothing() {
+    let Some(broker) = Mosquitto::with("allow_anonymous true") else {
+        return skipped("a_reload_that_changes_the_entry", "mosquitto is not installed");
+    };
+    let engine = Engine::start();
+    let site = site(&engine, &broker);
+    let mut daemon = site.run();
+    let config = fs::read_to_string(site.config()).unwrap();
+    let mut written = Vec::new();
+    for round in 1..=5 {
+        written.extend(add_faces(&broker, (round - 1) * 100..round * 100));
+        fs::write(site.config(), format!("{config}\nweight = {round}\n")).unwrap();
+        let reloaded = site.command(&["reload"]).output().unwrap();
+        assert!(reloaded.status.success(), "{reloaded:?}");
+    }
+    engine.until_accepted(500);
+    daemon.idle(PATIENCE);
+    until_ready(&daemon);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+    assert!(daemon.stop().success());
+    nothing_waits(&broker, CLIENT_ID);
+}
+
 // ---- what the broker may do
 
 #[test]

@@ -567,6 +567,7 @@ mod tests {
                 max_frame: 1 << 20,
                 health: Health::default(),
                 unsettled: crate::source::directory::Unsettled::default(),
+                sessions: crate::source::Sessions::default(),
                 spool: None,
                 push: None,
                 files: Arc::new(std::path::Path::to_path_buf),

@@ -11,12 +11,13 @@ mod link;
 mod wire;
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::{BoxFuture, FutureExt as _, ready};
 use futures_util::stream::FuturesOrdered;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -55,10 +56,16 @@ pub async fn run(config: Config, around: Surroundings) {
         return around.stop.cancelled().await;
     };
     let stop = around.stop.clone();
-    tokio::select! {
-        () = spool.tried() => {}
+    // The broker lets one of a name in. After a reload, the former source says its last acknowledgements first.
+    let name = format!("{} {}", config.url, config.client_id());
+    let ready = async {
+        spool.tried().await;
+        around.sessions.take(name).await
+    };
+    let _session = tokio::select! {
+        session = ready => session,
         () = stop.cancelled() => return,
-    }
+    };
     let mut source = Source::new(config, around, spool);
     let mut backoff = Backoff::default();
     loop {
@@ -84,6 +91,17 @@ pub(super) async fn reach(config: &Config, files: &Files<'_>) -> anyhow::Result<
     let (link, _) = Link::connect(config, purpose, files).await?;
     link.close().await?;
     Ok("it lets us in".into())
+}
+
+/// The sessions that this daemon has at brokers, each with one source at a time. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Sessions(Arc<Mutex<HashMap<String, Arc<AsyncMutex<()>>>>>);
+
+impl Sessions {
+    async fn take(&self, name: String) -> OwnedMutexGuard<()> {
+        let session = self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default().clone();
+        session.lock_owned().await
+    }
 }
 
 struct Source {
