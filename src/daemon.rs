@@ -668,14 +668,7 @@ impl Shared {
         let (counts, now) = (detector.counts(), self.history.now(&detector.name));
         page::Row {
             name: detector.name.to_string(),
-            condition: match (detector.is_served(), counts.up, counts.silent) {
-                (true, false, _) => page::Condition::Held,
-                (true, true, true) => page::Condition::Silent,
-                (true, true, false) => page::Condition::Well,
-                // Frames wait in the spool for a detector that has not been heard of since the start.
-                (false, _, _) if counts.pending > 0 => page::Condition::Well,
-                (false, _, _) => page::Condition::Gone,
-            },
+            condition: counts.condition(),
             alarm: detector.alarm(),
             rate: now.rate,
             delivery: now.delivery,

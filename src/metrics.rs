@@ -341,6 +341,8 @@ pub struct DetectorCounts {
     pub refused: u64,
     pub pending: i64,
     pub up: bool,
+    /// A source serves it; of one whose entry a reload took away nothing but the counts is left.
+    pub served: bool,
     /// Longer than its `silence_alarm` without a frame.
     pub silent: bool,
     /// Milliseconds since 1970; `None` before the first frame.
@@ -356,6 +358,8 @@ pub enum Condition {
     Silent,
     /// Neither.
     Well,
+    /// No entry serves it any more.
+    Gone,
 }
 
 impl Condition {
@@ -365,6 +369,7 @@ impl Condition {
             Condition::Held => "held",
             Condition::Silent => "silent",
             Condition::Well => "well",
+            Condition::Gone => "gone",
         }
     }
 }
@@ -372,10 +377,13 @@ impl Condition {
 impl DetectorCounts {
     /// How the detector is.
     pub fn condition(&self) -> Condition {
-        match (self.up, self.silent) {
-            (false, _) => Condition::Held,
-            (true, true) => Condition::Silent,
-            (true, false) => Condition::Well,
+        match (self.served, self.up, self.silent) {
+            (true, false, _) => Condition::Held,
+            (true, true, true) => Condition::Silent,
+            (true, true, false) => Condition::Well,
+            // Frames wait in the spool for a detector that has not been heard of since the start.
+            (false, _, _) if self.pending > 0 => Condition::Well,
+            (false, _, _) => Condition::Gone,
         }
     }
 }
@@ -551,8 +559,8 @@ impl DetectorMetrics {
         Serving(self.clone())
     }
 
-    /// Whether a source serves the detector now. One whose entry a reload took away has nothing but its counts left.
-    pub fn is_served(&self) -> bool {
+    /// Whether a source serves the detector now.
+    fn is_served(&self) -> bool {
         self.served_by().sources > 0
     }
 
@@ -593,6 +601,7 @@ impl DetectorMetrics {
             refused: get(&self.counts.refused),
             pending: self.pending.load(Ordering::Relaxed),
             up: get(&self.up_now) == 1,
+            served: self.is_served(),
             silent: self.is_silent(),
             last_frame_ms: (last != 0).then_some(last),
         }
@@ -661,13 +670,16 @@ mod tests {
         };
         shows("0", 0);
         cam.served(None);
+        assert_eq!(cam.counts().condition(), Condition::Held);
         cam.up(true);
+        assert_eq!(cam.counts().condition(), Condition::Well);
         shows("inf", 1);
         cam.served(Some(Duration::from_mins(10)));
         cam.left();
         shows("600", 1);
         cam.left();
         shows("0", 0);
+        assert_eq!(cam.counts().condition(), Condition::Gone, "which is nobody's trouble");
     }
 
     #[test]

@@ -11,9 +11,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use framegate::admin::page::{Condition, Row, Shown};
+use framegate::admin::page::{Row, Shown};
 use framegate::admin::{self, View};
 use framegate::history::{STEPS, Sample};
+use framegate::metrics::Condition;
 use framegate::metrics::Metrics;
 use framegate::publish::{EngineStatus, State};
 use framegate::settle::Reason;

@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::history::{STEP, STEPS, Sample};
+use crate::metrics::Condition;
 use crate::publish::{EngineStatus, State};
 use crate::settle::Reason;
 
@@ -86,19 +87,6 @@ pub struct Row {
     pub published: u64,
     /// Its last hour.
     pub hour: Vec<Sample>,
-}
-
-/// How a detector is; what needs somebody comes first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Condition {
-    /// Its source cannot deliver.
-    Held,
-    /// Longer than its alarm without a frame.
-    Silent,
-    /// It delivers.
-    Well,
-    /// No entry serves it any more.
-    Gone,
 }
 
 /// The whole document.

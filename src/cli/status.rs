@@ -159,7 +159,7 @@ mod tests {
         let detector = |name: &&str| {
             serde_json::json!({ "name": name, "rate": 12.34, "delivery_ms": 2.5, "counts": {
                 "received": 9, "published": 7, "dead_lettered": 1, "dropped": 0, "returned": 0, "refused": 0,
-                "pending": 1, "up": true, "silent": false, "last_frame_ms": null } })
+                "pending": 1, "up": true, "served": true, "silent": false, "last_frame_ms": null } })
         };
         serde_json::from_value(serde_json::json!({
             "version": "1", "pid": 7, "uptime_seconds": 60, "admin": "127.0.0.1:9464",

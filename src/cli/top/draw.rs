@@ -55,7 +55,7 @@ const KEYS: [(&str, &str); 8] = [
 const COLUMNS: [(&str, &str); 8] = [
     (
         "state",
-        "held: its source cannot deliver (`framegate doctor` says what mends it); silent: no frame for its silence_alarm",
+        "held: its source cannot deliver (`framegate doctor` says what mends it); silent: no frame for its silence_alarm; gone: not in the configuration any more",
     ),
     ("per s", "frames that the engine accepted, mean of the last 10 s"),
     ("waiting", "frames that are known and not yet settled"),
@@ -98,6 +98,7 @@ impl Look {
             Condition::Held => self.bad(),
             Condition::Silent => self.warn(),
             Condition::Well => self.good(),
+            Condition::Gone => Style::new().add_modifier(Modifier::DIM),
         }
     }
 }

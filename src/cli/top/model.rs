@@ -149,12 +149,12 @@ impl Model {
     /// Why a detector is not well; `None`: it is.
     pub(super) fn trouble(&self, detector: &DetectorStatus) -> Option<&str> {
         match detector.counts.condition() {
-            Condition::Well => None,
+            Condition::Well | Condition::Gone => None,
             Condition::Silent => Some("no frame for longer than its silence_alarm"),
             Condition::Held => {
                 let source = source::of_name(&detector.name, &self.status.sources, |source| &source.name);
                 let held = source.and_then(|source| source.held.as_deref());
-                Some(held.unwrap_or("not in the configuration any more, or not looked at yet"))
+                Some(held.unwrap_or("not looked at yet"))
             }
         }
     }
@@ -252,7 +252,7 @@ pub(super) mod tests {
         let detector = |(n, name): (usize, &&str)| {
             json!({ "name": name, "rate": n as f64 + 0.5, "delivery_ms": 2.5, "delivery_max_ms": 40.0, "counts": {
                 "received": 1000 * n, "published": 900 * n, "dead_lettered": n, "dropped": 0, "returned": 0, "refused": 0,
-                "pending": 99 * n, "up": n != 1, "silent": n == 2,
+                "pending": 99 * n, "up": n != 1, "served": true, "silent": n == 2,
                 "last_frame_ms": (n > 0).then(|| now - 1000 * i64::try_from(n * n * 7).unwrap()) } })
         };
         serde_json::from_value(json!({
