@@ -257,6 +257,33 @@ fn b14_a_poison_message_is_one_dead_letter_and_one_acknowledgement() {
     }
 }
 
+#[test]
+fn b14_a_topic_that_is_no_name_is_a_dead_letter_and_costs_no_frame_behind_it_after_a_kill() {
+    let broker = mosquitto!("b14_a_topic_that_is_no_name_is_a_dead_letter");
+    let engine = Engine::start();
+    engine.down();
+    let site = site(&engine, &broker);
+    let daemon = site.run();
+    let mut client = broker.client();
+    client.publish(&topic(&"x".repeat(20_000)), &[], image(100));
+    client.publish(&topic(""), &[], image(101));
+    client.confirmed();
+    let written = add_faces(&broker, 0..5);
+    until_received(&daemon, 7);
+    daemon.kill();
+    engine.up();
+    let mut daemon = site.run();
+    engine.until_accepted(5);
+    let samples = daemon.idle(PATIENCE);
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+    assert_eq!(samples.count("framegate_dead_letters", ""), 2);
+    let listed = site.command(&["dead-letter", "list", "--json"]).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    assert!(listed.contains("longer than 255 bytes") && listed.contains("is empty"), "{listed}");
+    assert!(daemon.stop().success());
+    nothing_waits(&broker, CLIENT_ID);
+}
+
 // ---- outages and deaths
 
 #[test]

@@ -177,7 +177,8 @@ fn flaw_of(error: &serde_json::Error) -> Flaw {
     }
 }
 
-fn name(text: &str) -> Result<String, Flaw> {
+/// A detector's name, if it can be one.
+pub(super) fn name(text: &str) -> Result<String, Flaw> {
     let wrong = |message: &str| Err(Flaw { field: Some("detectorName"), message: message.into() });
     if text.trim().is_empty() {
         wrong("is empty")

@@ -49,6 +49,8 @@ const FRAMES_MAX: usize = 500_000;
 /// What a source calls a frame is kept up to so many characters: with detector, entry and zone it stays far below what a
 /// record's head may be.
 const NAME_CHARS_MAX: usize = 1000;
+/// And a detector's name, which no source makes that long.
+const DETECTOR_CHARS_MAX: usize = 512;
 /// What is wrong with a frame is kept up to so many characters.
 const FLAW_CHARS_MAX: usize = 500;
 /// Between two looks at the disk while it is in trouble, and at frames that were given back.
@@ -582,7 +584,7 @@ impl Put {
         let it = &self.arrival;
         Meta {
             id: it.id.to_string(),
-            detector: it.detector.clone(),
+            detector: it.detector.chars().take(DETECTOR_CHARS_MAX).collect(),
             time_zone: it.time_zone.clone(),
             detect_time: it.detect_time,
             received_at: it.received_at,

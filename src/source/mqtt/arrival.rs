@@ -41,7 +41,7 @@ impl Reader {
 
     /// The name of a message's detector; the entry's own where it lacks what a name is made of.
     pub(super) fn name(&self, publish: &Publish) -> String {
-        self.filled(publish, None).unwrap_or_else(|| self.entry.name.clone())
+        self.filled(publish, None).unwrap_or_else(|_| self.entry.name.clone())
     }
 
     /// Whose frame it is, and what it says of itself.
@@ -51,16 +51,15 @@ impl Reader {
             Ok((image, known)) => (image, known, None),
             Err(flaw) => (Image::raw(publish.payload.clone()), Known::default(), Some(flaw)),
         };
-        let name = self.filled(&publish, known.detector_name.as_deref());
-        if name.is_none() && flaw.is_none() {
-            let why = format!("the message does not say what `{}` stands for", entry.name);
-            flaw = Some(refusal(Reason::Unsupported, why));
-        }
+        let name = self.filled(&publish, known.detector_name.as_deref()).unwrap_or_else(|why| {
+            flaw.get_or_insert_with(|| refusal(Reason::Unsupported, why));
+            entry.name.clone()
+        });
         Arrival {
             id: if flaw.is_some() { id_of(entry, &publish) } else { FrameId::generate() },
             entry: entry.name.as_str().into(),
             source: SourceKind::Mqtt,
-            detector: name.unwrap_or_else(|| entry.name.clone()),
+            detector: name,
             time_zone: known.time_zone.unwrap_or_else(|| entry.time_zone.clone()),
             detect_time: believed(known.detect_time, received_at, &self.metrics).unwrap_or(received_at),
             received_at,
@@ -70,10 +69,13 @@ impl Reader {
         }
     }
 
-    fn filled(&self, publish: &Publish, said: Option<&str>) -> Option<String> {
+    /// The detector's name, or why there is none: a topic's level may be as long as it likes.
+    fn filled(&self, publish: &Publish, said: Option<&str>) -> Result<String, String> {
         let levels: Vec<&[u8]> = publish.topic.split('/').map(str::as_bytes).collect();
         let said = said.or(publish.beside[0].as_deref());
-        self.template.as_ref()?.fill(&levels, |_| said.map(str::to_owned))
+        let filled = self.template.as_ref().and_then(|it| it.fill(&levels, |_| said.map(str::to_owned)));
+        let name = filled.ok_or_else(|| format!("the message does not say what `{}` stands for", self.entry.name))?;
+        message::name(&name).map_err(|flaw| format!("what the message says for `{}` {}", self.entry.name, flaw.message))
     }
 
     /// The image, and what is known about it. Bytes are not looked at: those that are none become a dead letter anyway.
