@@ -8,9 +8,10 @@
 mod arrival;
 mod config;
 mod link;
+mod remembered;
 mod wire;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use self::arrival::Reader;
 pub use self::config::Config;
 use self::link::{Link, Purpose};
+use self::remembered::Remembered;
 use self::wire::{Came, Greeting, Publish};
 use super::message;
 use super::reconnect::Backoff;
@@ -37,8 +39,6 @@ use crate::metrics::{DetectorMetrics, Serving};
 const HELD_MAX: u16 = 64;
 /// Bytes of them, and one message: beyond, nothing is read until there is room.
 const HELD_BYTES_MAX: usize = 64 << 20;
-/// Messages whose acknowledgement may not have reached the broker: it has at most those of its window.
-const REMEMBERED_MAX: usize = 4 * HELD_MAX as usize;
 /// Detectors of one entry that are shown as up or not.
 const DETECTORS_MAX: usize = 1000;
 /// After the spool refused a frame: it is put again after so long, once the spool takes frames.
@@ -116,8 +116,7 @@ struct Source {
     connection: u64,
     /// It has our subscription.
     subscribed: bool,
-    /// What came last: its packet id, and what tells its content from another's.
-    remembered: VecDeque<(u16, u32)>,
+    remembered: Remembered,
     detectors: HashMap<String, (Arc<DetectorMetrics>, Serving)>,
     said_unguarded: bool,
     said_other_topic: bool,
@@ -143,7 +142,7 @@ impl Source {
             held_bytes: 0,
             connection: 0,
             subscribed: false,
-            remembered: VecDeque::new(),
+            remembered: Remembered::default(),
             detectors: HashMap::new(),
             said_unguarded: false,
             said_other_topic: false,
@@ -194,7 +193,6 @@ impl Source {
             );
         }
         self.subscribed = false;
-        // Packet ids begin anew.
         self.remembered.clear();
     }
 
@@ -271,16 +269,7 @@ impl Source {
 
     /// Whether the broker sends once more what we have: our acknowledgement of it went down with a connection.
     fn is_known(&mut self, publish: &Publish) -> bool {
-        let Some(id) = publish.id else { return false };
-        let this = (id, content(publish));
-        if publish.again && self.remembered.contains(&this) {
-            return true;
-        }
-        if self.remembered.len() >= REMEMBERED_MAX {
-            self.remembered.pop_front();
-        }
-        self.remembered.push_back(this);
-        false
+        publish.id.is_some_and(|id| self.remembered.knows(id, publish))
     }
 
     /// Whether it is none of those that are asked for, which is counted.
@@ -379,15 +368,4 @@ fn keep(spool: Arc<Spool>, arrival: Arrival, stop: CancellationToken) -> impl Fu
             put = spool.put(arrival.clone()).boxed();
         }
     }
-}
-
-/// Tells a message's content from another's of the same packet id.
-fn content(publish: &Publish) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(publish.topic.as_bytes());
-    for said in publish.beside.iter().flatten() {
-        crc.update(said.as_bytes());
-    }
-    crc.update(&publish.payload);
-    crc.finalize()
 }
