@@ -90,7 +90,8 @@ impl Link {
             };
             let packet = link.packet(true).await.context("no answer to the login")?;
             let greeting = wire::greeting(version, &packet.bytes)?;
-            link.keep_alive = greeting.keep_alive.unwrap_or(config.keep_alive);
+            // It may want to hear of us more often; how long we wait for it is our own affair.
+            link.keep_alive = config.keep_alive.min(greeting.keep_alive.unwrap_or(config.keep_alive));
             Ok((link, greeting))
         };
         let connected = timeout(CONNECT_TIMEOUT, connecting).await;
@@ -221,4 +222,34 @@ fn tls(config: &Config, files: &Files<'_>) -> anyhow::Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn b13_a_broker_that_wants_fewer_pings_is_not_waited_for_longer_than_we_want() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("mqtt://{}", listener.local_addr().unwrap());
+        let config = Config { url, keep_alive: Duration::from_secs(1), ..Config::default() };
+        let broker = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // "Welcome, I want to hear of you every 600 seconds", and nothing more.
+            stream.write_all(&[0x20, 6, 0, 0, 3, 0x13, 0x02, 0x58]).await.unwrap();
+            stream
+        };
+        let purpose = Purpose { client_id: "box", session: None, payload_max: 0 };
+        let files = |file: &Path| file.to_owned();
+        let (connected, _open) = tokio::join!(Link::connect(&config, purpose, &files), broker);
+        let (mut link, _) = connected.unwrap();
+        let ended = timeout(PATIENCE, link.next(true)).await.expect("it is noticed").unwrap_err();
+        assert!(ended.to_string().contains("has said nothing for 1s"), "{ended}");
+    }
 }
