@@ -96,7 +96,12 @@ pub(super) fn is_filter(text: &str) -> bool {
 pub(super) fn fits(filter: &str, topic: &str) -> bool {
     // Of a shared subscription, what is behind `$share/GROUP/`.
     let shared = filter.strip_prefix("$share/").and_then(|rest| rest.split_once('/'));
-    let (mut filter, mut topic) = (shared.map_or(filter, |(_, filter)| filter).split('/'), topic.split('/'));
+    let filter = shared.map_or(filter, |(_, filter)| filter);
+    // What a broker says of itself is nothing that a wildcard stands for.
+    if topic.starts_with('$') && filter.starts_with(['+', '#']) {
+        return false;
+    }
+    let (mut filter, mut topic) = (filter.split('/'), topic.split('/'));
     loop {
         match (filter.next(), topic.next()) {
             (Some("#"), _) | (None, None) => return true,
@@ -590,6 +595,13 @@ mod tests {
             ("a/b", "a", false),
             ("a", "a/b", false),
             ("$share/boxes/a/+", "a/b", true),
+            ("$share/boxes/#", "a/b", true),
+            ("#", "$SYS/broker/uptime", false),
+            ("+/broker/uptime", "$SYS/broker/uptime", false),
+            ("$share/boxes/#", "$SYS/broker/uptime", false),
+            ("$SYS/#", "$SYS/broker/uptime", true),
+            ("$SYS/+/uptime", "$SYS/broker/uptime", true),
+            ("a/+", "a/$b", true),
         ] {
             assert_eq!(fits(filter, topic), does, "{filter} {topic}");
         }
