@@ -284,6 +284,33 @@ fn b14_a_topic_that_is_no_name_is_a_dead_letter_and_costs_no_frame_behind_it_aft
     nothing_waits(&broker, CLIENT_ID);
 }
 
+#[test]
+fn messages_of_qos_2_from_an_earlier_subscription_are_taken_and_acknowledged_to_their_end() {
+    let broker = mosquitto!("messages_of_qos_2_from_an_earlier_subscription");
+    for version in VERSIONS {
+        let engine = Engine::start();
+        let id = format!("box-{version}");
+        // The session of somebody who tried it out by hand.
+        let tried = ["-V", "5", "-x", "-1", "-c", "-i", &id, "-q", "2", "-t", "frigate/#", "-E"];
+        assert!(broker.subscribe(&tried).status.success());
+        broker.until_gone(&id);
+        for n in 0..70 {
+            broker.publish(&topic("Cam"), &["-q", "2"], &image(n));
+        }
+        let keys = format!(", version = {version}, client_id = \"{id}\"");
+        let site = site_at(&engine, &broker.url(), &keys, "");
+        let mut daemon = site.run();
+        engine.until_accepted(70);
+        let samples = daemon.idle(PATIENCE);
+        let written: Vec<_> = (0..70).map(|n| hash(&image(n))).collect();
+        assert_eq!(nothing_lost(&[&engine], &written), 0);
+        assert_eq!(samples.count("framegate_redelivered_total", ""), 0, "no loop");
+        assert!(!site.log().contains("held"), "nobody threw us out");
+        assert!(daemon.stop().success());
+        nothing_waits(&broker, &id);
+    }
+}
+
 // ---- outages and deaths
 
 #[test]

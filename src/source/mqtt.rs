@@ -26,7 +26,7 @@ use self::arrival::Reader;
 pub use self::config::Config;
 use self::link::{Link, Purpose};
 use self::remembered::Remembered;
-use self::wire::{Came, Greeting, Publish};
+use self::wire::{Came, Greeting, Id, Publish};
 use super::message;
 use super::reconnect::Backoff;
 use super::spool::{Arrival, Refused, Spool};
@@ -124,7 +124,7 @@ struct Source {
 
 /// A message that is in the spool, or needs no place there.
 struct Kept {
-    id: Option<u16>,
+    id: Option<Id>,
     connection: u64,
     bytes: usize,
     /// `false`: we are stopping, and it is not.
@@ -269,7 +269,7 @@ impl Source {
 
     /// Whether the broker sends once more what we have: our acknowledgement of it went down with a connection.
     fn is_known(&mut self, publish: &Publish) -> bool {
-        publish.id.is_some_and(|id| self.remembered.knows(id, publish))
+        publish.id.is_some_and(|id| self.remembered.knows(id.number, publish))
     }
 
     /// Whether it is none of those that are asked for, which is counted.

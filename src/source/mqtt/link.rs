@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use rustix::net::sockopt::set_tcp_user_timeout;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_rustls::TlsConnector;
 
 use super::Config;
-use super::wire::{self, Came, Framing, Greeting, Login, Packet, Version};
+use super::wire::{self, Came, Framing, Greeting, Id, Login, Packet, Version};
 use crate::secret::Secret;
 use crate::source::Files;
 
@@ -66,7 +66,7 @@ impl Link {
         let login = Login {
             client_id: purpose.client_id,
             username: config.username.as_deref(),
-            password: password.map(|it| Bytes::copy_from_slice(it.expose().as_bytes())),
+            password: password.as_ref(),
             // It was checked to fit.
             keep_alive: u16::try_from(config.keep_alive.as_secs()).unwrap_or(u16::MAX),
             session: purpose.session,
@@ -105,7 +105,7 @@ impl Link {
     }
 
     /// Acknowledges a message, behind those that were acknowledged before.
-    pub(super) fn acknowledge(&mut self, id: u16) -> anyhow::Result<()> {
+    pub(super) fn acknowledge(&mut self, id: Id) -> anyhow::Result<()> {
         self.say(&wire::acknowledgement(self.version, id)?);
         Ok(())
     }
@@ -117,7 +117,10 @@ impl Link {
     /// The next thing that comes, if we want it (`listen`), while what there is to say is said. Cancel safe.
     pub(super) async fn next(&mut self, listen: bool) -> anyhow::Result<Came> {
         loop {
-            if let Some(came) = self.packet(listen).await?.came(self.version)? {
+            let packet = self.packet(listen).await?;
+            if let Some(number) = packet.released() {
+                self.say(&wire::completion(self.version, number)?);
+            } else if let Some(came) = packet.came(self.version)? {
                 return Ok(came);
             }
         }

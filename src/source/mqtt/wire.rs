@@ -11,6 +11,8 @@ use anyhow::{Context as _, anyhow, bail};
 use bytes::{Buf as _, Bytes, BytesMut};
 use mqtt_proto::{ClientId, Error, Pid, Protocol, QoS, TopicFilter, Username, v3, v5};
 
+use crate::secret::Secret;
+
 /// Bytes of a packet beside its payload that are expected at most: its topic and what is said beside the image.
 const AROUND_BYTES_MAX: usize = 128 << 10;
 /// Bytes from the beginning of a packet that is larger than allowed: enough to see what it was.
@@ -23,8 +25,9 @@ const LENGTH_BYTES_MAX: usize = 4;
 const FOR_EVER: u32 = u32::MAX;
 /// The only subscription's packet id.
 const SUBSCRIPTION: u16 = 1;
-/// The type of a PUBLISH, the upper half of its first byte.
+/// The types of a PUBLISH and a PUBREL, the upper half of their first byte.
 const PUBLISH: u8 = 3;
+const PUBREL: u8 = 6;
 /// Reason codes from here on mean failure.
 const FAILURES: u8 = 0x80;
 const CHECK_ACCOUNT: &str = "; check `username` and `password_file`";
@@ -40,11 +43,11 @@ pub(super) enum Version {
 }
 
 /// Who comes, and what for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Login<'a> {
     pub client_id: &'a str,
     pub username: Option<&'a str>,
-    pub password: Option<Bytes>,
+    pub password: Option<&'a Secret>,
     /// Seconds.
     pub keep_alive: u16,
     /// So many messages may be on their way, in a session that stays; `None`: in one that does not.
@@ -77,7 +80,7 @@ pub(super) struct Publish {
     /// The broker has sent it before, as far as it knows.
     pub again: bool,
     /// What it is acknowledged by; `None`: it was sent without a guarantee.
-    pub id: Option<u16>,
+    pub id: Option<Id>,
     pub payload: Bytes,
     /// The user properties `detectorName`, `detectTimeUtc` and `ianaTimeZone`.
     pub beside: [Option<String>; 3],
@@ -85,6 +88,16 @@ pub(super) struct Publish {
     pub cut_from: Option<usize>,
     /// Why what stands beside the payload cannot be read; the payload then begins with it.
     pub malformed: Option<String>,
+}
+
+/// What a message is acknowledged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Id {
+    /// Its packet id, never 0.
+    pub number: u16,
+    /// `QoS` 2, which only an earlier subscription of our `client_id` can have asked for: taken like every other, but it has
+    /// acknowledgements of its own.
+    pub exactly_once: bool,
 }
 
 /// Whether this can be subscribed to.
@@ -117,7 +130,8 @@ pub(super) fn fits(filter: &str, topic: &str) -> bool {
 pub(super) fn connect(version: Version, login: Login<'_>) -> anyhow::Result<Vec<u8>> {
     let client_id = ClientId::from(Arc::from(login.client_id));
     let username = login.username.map(|name| Username::from(Arc::from(name)));
-    let (password, keep_alive) = (login.password, login.keep_alive);
+    let password = login.password.map(|it| Bytes::copy_from_slice(it.expose().as_bytes()));
+    let keep_alive = login.keep_alive;
     let session = login.session;
     match version {
         Version::Five => {
@@ -154,11 +168,22 @@ pub(super) fn subscribe(version: Version, topic: &str, retained: bool) -> anyhow
     }
 }
 
-pub(super) fn acknowledgement(version: Version, id: u16) -> anyhow::Result<Vec<u8>> {
-    let id = Pid::try_from(id)?;
+pub(super) fn acknowledgement(version: Version, id: Id) -> anyhow::Result<Vec<u8>> {
+    let number = Pid::try_from(id.number)?;
+    match (version, id.exactly_once) {
+        (Version::Five, false) => five(&v5::Packet::Puback(v5::Puback::new_success(number))),
+        (Version::Five, true) => five(&v5::Packet::Pubrec(v5::Pubrec::new_success(number))),
+        (Version::Three, false) => three(&v3::Packet::Puback(number)),
+        (Version::Three, true) => three(&v3::Packet::Pubrec(number)),
+    }
+}
+
+/// The answer to the broker's answer, where a message comes exactly once.
+pub(super) fn completion(version: Version, number: u16) -> anyhow::Result<Vec<u8>> {
+    let number = Pid::try_from(number)?;
     match version {
-        Version::Five => five(&v5::Packet::Puback(v5::Puback::new_success(id))),
-        Version::Three => three(&v3::Packet::Puback(id)),
+        Version::Five => five(&v5::Packet::Pubcomp(v5::Pubcomp::new_success(number))),
+        Version::Three => three(&v3::Packet::Pubcomp(number)),
     }
 }
 
@@ -385,6 +410,11 @@ impl Packet {
         self.bytes[0] >> 4 == PUBLISH
     }
 
+    /// The packet id that the broker has heard the acknowledgement of, where a message comes exactly once.
+    pub(super) fn released(&self) -> Option<u16> {
+        (self.bytes[0] >> 4 == PUBREL).then(|| number(&mut self.bytes.slice(self.head..))).flatten()
+    }
+
     /// What it means for us; `None`: nothing.
     pub(super) fn came(&self, version: Version) -> anyhow::Result<Option<Came>> {
         match version {
@@ -399,8 +429,15 @@ impl Packet {
         let mut rest = self.bytes.slice(self.head..);
         let length = number(&mut rest).map(usize::from).filter(|length| rest.len() >= *length);
         let topic = rest.split_to(length.context("the broker's message has no topic")?);
-        let guaranteed = flags & 0b110 != 0;
-        let id = guaranteed.then(|| number(&mut rest).context("the broker's message has no packet id")).transpose()?;
+        let id = match (flags >> 1) & 3 {
+            0 => None,
+            qos @ (1 | 2) => {
+                let number = number(&mut rest).filter(|number| *number != 0);
+                let number = number.context("the broker's message has no packet id")?;
+                Some(Id { number, exactly_once: qos == 2 })
+            }
+            _ => bail!("the broker's message has QoS 3, which there is not"),
+        };
         let (mut beside, mut malformed) = (Default::default(), None);
         if version == Version::Five {
             match properties(&mut rest) {
@@ -446,6 +483,7 @@ mod tests {
     use proptest::prelude::*;
 
     const VERSIONS: [Version; 2] = [Version::Five, Version::Three];
+    const ID: Id = Id { number: 7, exactly_once: false };
 
     fn message(version: Version, payload: &[u8], property: Option<&str>) -> Vec<u8> {
         let topic = TopicName::try_from("a/b").unwrap();
@@ -488,7 +526,7 @@ mod tests {
             topic: "a/b".into(),
             retained: false,
             again: true,
-            id: Some(7),
+            id: Some(ID),
             payload: Bytes::copy_from_slice(payload),
             beside: [None, None, None],
             cut_from: None,
@@ -520,7 +558,7 @@ mod tests {
             for piece in [1000, 100_000, stream.len()] {
                 let found = heard(version, 1 << 20, &stream, piece);
                 let [Came::Publish(cut), Came::Publish(next)] = &found[..] else { panic!("{found:?}") };
-                assert_eq!((cut.id, cut.cut_from, next), (Some(7), Some(large.len()), &publish(b"next")));
+                assert_eq!((cut.id, cut.cut_from, next), (Some(ID), Some(large.len()), &publish(b"next")));
                 assert!(cut.payload.len() < CUT_BYTES && cut.payload.iter().all(|it| *it == b'x'));
             }
         }
@@ -536,7 +574,55 @@ mod tests {
             let found = heard(Version::Five, 100, &broken, 1000);
             let [Came::Publish(publish)] = &found[..] else { panic!("{found:?}") };
             assert!(publish.malformed.is_some(), "{publish:?}");
-            assert_eq!((publish.id, publish.topic.as_str()), (Some(7), "a/b"));
+            assert_eq!((publish.id, publish.topic.as_str()), (Some(ID), "a/b"));
+        }
+    }
+
+    #[test]
+    fn b14_a_message_that_no_broker_may_send_ends_the_connection() {
+        for version in VERSIONS {
+            let sound = message(version, b"image", None);
+            let with = |at: usize, byte| {
+                let mut broken = sound.clone();
+                broken[at] = byte;
+                let mut framing = Framing::new(100);
+                framing.room().extend_from_slice(&broken);
+                framing.next().unwrap().unwrap().came(version).map_err(|error| error.to_string())
+            };
+            assert!(with(0, 0x36).is_err_and(|it| it.contains("QoS 3")), "{version:?}");
+            // Nothing could be acknowledged by it, and it would come again for ever.
+            assert!(with(8, 0).is_err_and(|it| it.contains("packet id")), "{version:?}");
+        }
+    }
+
+    #[test]
+    fn a_login_that_is_printed_shows_no_password() {
+        let login = Login {
+            client_id: "box",
+            username: Some("edge"),
+            password: Some(&Secret::new("canary-9")),
+            keep_alive: 30,
+            session: None,
+        };
+        let printed = format!("{login:?}");
+        assert!(printed.contains("edge") && !printed.contains("canary"), "{printed}");
+    }
+
+    #[test]
+    fn a_message_that_comes_exactly_once_has_acknowledgements_of_its_own() {
+        for version in VERSIONS {
+            let mut sound = message(version, b"image", None);
+            sound[0] = 0x34;
+            let [Came::Publish(publish)] = &heard(version, 100, &sound, 1000)[..] else { panic!("a message") };
+            let id = publish.id.unwrap();
+            assert_eq!(id, Id { exactly_once: true, ..ID });
+            assert_eq!(acknowledgement(version, id).unwrap(), [0x50, 2, 0, 7]);
+            let mut framing = Framing::new(100);
+            for (bytes, number) in [(&[0x62, 2, 0, 7][..], Some(7)), (&[0x62, 0], None), (&[0x40, 2, 0, 7], None)] {
+                framing.room().extend_from_slice(bytes);
+                assert_eq!(framing.next().unwrap().unwrap().released(), number, "{bytes:?}");
+            }
+            assert_eq!(completion(version, 7).unwrap(), [0x70, 2, 0, 7]);
         }
     }
 
@@ -614,7 +700,7 @@ mod tests {
                 let mut framing = Framing::new(16);
                 framing.room().extend_from_slice(&bytes);
                 while let Ok(Some(packet)) = framing.next() {
-                    drop(packet.came(version));
+                    drop((packet.came(version), packet.released()));
                 }
                 drop(greeting(version, &bytes));
             }
