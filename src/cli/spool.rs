@@ -81,7 +81,11 @@ pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<ExitCode> 
             } else {
                 writeln!(output, "{} removed.", purged.removed)?;
                 if purged.in_hand > 0 {
-                    writeln!(output, "{} left alone: the daemon has them in hand; stop it to remove these, too.", purged.in_hand)?;
+                    writeln!(
+                        output,
+                        "{} left alone: the daemon has them in hand; stop it to remove these, too.",
+                        purged.in_hand
+                    )?;
                 }
             }
             Ok(ExitCode::SUCCESS)
