@@ -60,6 +60,7 @@ Examples:
   framegate check && framegate reload        detectors that did not change are not disturbed
   systemctl reload framegate                 the same
 
+The daemon reads the file that it was started with; --config only says where the daemon is found.
 Exit code 1 if it is refused; then the old configuration goes on.";
 
 const DEAD_LETTER_EXAMPLES: &str = "\
@@ -77,7 +78,7 @@ Examples:
   framegate spool list
   framegate spool purge --detector Lobby --older-than 2h
 
-Listing needs no daemon. Exit code 1 if something failed.";
+They work with and without a running daemon; what it has in hand is left. Exit code 1 if something failed.";
 
 const PIN_EXAMPLES: &str = "\
 Examples:
@@ -99,7 +100,7 @@ Examples:
   framegate man | man -l -
   framegate man --directory /usr/share/man/man1";
 
-/// Publishes face images from drop directories to the eConnect Identities engine without losing one.
+/// Publishes face images from drop directories and frame queues to the eConnect Identities engine without losing one.
 #[derive(Debug, Parser)]
 #[command(name = "framegate", version, about, after_help = EXAMPLES, propagate_version = true)]
 pub struct Cli {
@@ -139,7 +140,7 @@ enum Command {
     /// Look at, retry or remove frames that could not be published
     #[command(after_help = DEAD_LETTER_EXAMPLES)]
     DeadLetter(DeadLetterArgs),
-    /// Look at or remove pushed frames that wait in the spool
+    /// Look at or remove pushed and MQTT frames that wait in the spool
     #[command(after_help = SPOOL_EXAMPLES)]
     Spool(SpoolArgs),
     /// Show all of it at work on this machine, without credentials

@@ -600,7 +600,7 @@ impl Shared {
 
     fn status(&self) -> Status {
         let sources = self.sources();
-        let detectors: Vec<_> = self.metrics.detectors().iter().map(|d| self.detector_status(d)).collect();
+        let detectors: Vec<_> = self.detectors().map(|it| self.detector_status(&it)).collect();
         let (dead_letters, dead_letter_bytes) = self.dead_letters.totals();
         let Queues { spool, push } = self.queues();
         let (spool_frames, spool_bytes) = spool.as_ref().map_or((0, 0), |spool| spool.totals());
@@ -622,6 +622,13 @@ impl Shared {
             memory_budget_bytes,
             push: push.and_then(|door| door.address()),
         }
+    }
+
+    /// Those that are served or ever had a frame. What a family refuses for want of a name is counted by the entry's own
+    /// name, which is no detector's.
+    fn detectors(&self) -> impl Iterator<Item = Arc<DetectorMetrics>> {
+        let detectors = self.metrics.detectors().into_iter();
+        detectors.filter(|detector| detector.is_served() || detector.counts().received > 0)
     }
 
     fn detector_status(&self, detector: &DetectorMetrics) -> DetectorStatus {
@@ -656,7 +663,7 @@ impl Shared {
             now: Timestamp::now(),
             engine: status.engine,
             held: status.sources.iter().filter_map(held).collect(),
-            detectors: self.metrics.detectors().iter().map(|detector| self.row(detector)).collect(),
+            detectors: self.detectors().map(|detector| self.row(&detector)).collect(),
             spool: spool.map(|_| (status.spool_frames, status.spool_bytes)),
             dead_letters: (status.dead_letters, status.dead_letter_bytes),
             dead_lettered: dead_lettered.into_iter().collect(),

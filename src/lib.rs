@@ -1,17 +1,19 @@
-//! Framegate publishes face images from drop directories to the eConnect Identities engine without losing one.
+//! Framegate publishes face images from drop directories and frame queues to the eConnect Identities engine without losing one.
 //!
 //! # The way of a frame
 //!
 //! ```text
 //! source ──► queue ──► encode ──► publish ──► settle
-//! (claims)  (fair,     (bounded    (rate, token,  (delete / archive,
-//!           bounded)    workers)    retry, state)  or dead letter)
+//! (waits)   (turns,    (claim,     (rate, token,  (delete / archive / acknowledge,
+//!            bytes)     read, body)  retry, state)  dead letter, or back)
 //! ```
 //!
 //! [`pipeline`] carries each frame along it; [`daemon`] owns every task. The invariants and what is deliberately absent are
-//! in `ARCHITECTURE.md`. The modules in reading order; imports go from lower lines to higher ones only:
+//! in `ARCHITECTURE.md`. The modules in reading order; imports go from lower groups to higher ones, or stay in their own:
 
 pub mod frame;
+pub mod log;
+pub mod notify;
 pub mod secret;
 
 pub mod history;
@@ -26,10 +28,9 @@ pub mod pipeline;
 pub mod source;
 
 pub mod admin;
-pub mod config;
 pub mod control;
-pub mod log;
-pub mod notify;
+
+pub mod config;
 
 pub mod daemon;
 

@@ -1,4 +1,4 @@
-//! Arguments, the runtime, the exit code. Everything else is in the library.
+//! The allocator, the arguments, the exit code. Everything else is in the library.
 
 use std::process::ExitCode;
 

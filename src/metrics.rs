@@ -560,7 +560,7 @@ impl DetectorMetrics {
     }
 
     /// Whether a source serves the detector now.
-    fn is_served(&self) -> bool {
+    pub fn is_served(&self) -> bool {
         self.served_by().sources > 0
     }
 

@@ -158,12 +158,18 @@ pub struct EngineStatus {
 }
 
 impl EngineStatus {
-    /// In one line, for people.
-    pub fn describe(&self) -> String {
+    /// In one line, for people: what it is, without what to do.
+    pub fn summary(&self) -> String {
         let mut text = self.state.as_str().to_owned();
         if !self.reason.is_empty() && self.state != State::Open {
             text.extend([": ", &self.reason]);
         }
+        text
+    }
+
+    /// In one line, for people.
+    pub fn describe(&self) -> String {
+        let mut text = self.summary();
         if !self.advice.is_empty() {
             text.extend([" (", &self.advice, ")"]);
         }

@@ -163,7 +163,8 @@ impl Config {
     /// What it would connect to, for people, one line each; none where [`Entry::place`] says it all.
     pub fn describe(&self) -> Vec<String> {
         match self {
-            Config::Directory(_) | Config::Push(_) => Vec::new(),
+            Config::Directory(_) => Vec::new(),
+            Config::Push(_) => vec!["frames that are pushed to where [push] listens".into()],
             Config::Redis(config) => config.describe(),
             Config::Nats(config) => config.describe(),
             Config::Mqtt(config) => config.describe(),

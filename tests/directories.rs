@@ -1467,6 +1467,10 @@ fn the_trees_of_ftp_cameras_name_their_detectors_and_new_directories_are_watched
     until(&daemon, "the one without a name is refused", |it| it.count(REFUSED, &reason("no-name")) == 1);
     fs::remove_file(dir.join("nowhere.jpg")).expect("left alone");
     daemon.idle(PATIENCE);
+    // The family's own name is no detector's: nobody looks for one that is held or gone.
+    let status: serde_json::Value = serde_json::from_str(&daemon.get("/status").unwrap().1).unwrap();
+    let shown = |name: &str| status["detectors"].as_array().unwrap().iter().any(|it| it["name"] == name);
+    assert!(shown("LobbyCam") && !shown("{path.0}"), "{status}");
     assert_eq!(nothing_lost(&[&engine], &written), 0);
     let names: HashSet<String> = engine.accepted().into_iter().map(|frame| frame.detector).collect();
     assert_eq!(names, ["LobbyCam", "Cam0", "Cam1", "Cam2", "Cam3", "Moved"].map(str::to_owned).into());

@@ -181,10 +181,10 @@ fn daemon(loaded: &Loaded, lines: &mut Vec<Line>) {
     lines.push(match status.engine.state {
         State::Open => Line::ok("publishing", published(&status)),
         State::Forbidden | State::Credentials => {
-            Line::fail("publishing", status.engine.describe(), status.engine.advice.clone())
+            Line::fail("publishing", status.engine.summary(), engine::remedy(status.engine.state))
         }
         State::Unreachable | State::Rejecting | State::UnexpectedAnswer | State::Throttled | State::Failing => {
-            Line::warn("publishing", status.engine.describe(), status.engine.advice.clone())
+            Line::warn("publishing", status.engine.summary(), engine::remedy(status.engine.state))
         }
     });
     for source in &status.sources {

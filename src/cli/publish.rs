@@ -58,7 +58,7 @@ The files stay where they are. Exit code 0 if all were accepted, 1 otherwise.";
 pub(super) struct Args {
     #[command(flatten)]
     config: super::ConfigArgs,
-    /// The detector's name as the engine gets it; needed unless the configuration has exactly one
+    /// The detector's name as the engine gets it; needed unless the configuration names exactly one
     #[arg(long, value_name = "NAME")]
     detector: Option<String>,
     /// IANA time zone; otherwise that of the detector in the configuration
@@ -91,7 +91,7 @@ fn whose(args: &Args, settings: &Settings) -> anyhow::Result<Arc<Whose>> {
     let name = match (&args.detector, known.as_slice()) {
         (Some(name), _) => name.clone(),
         (None, [only]) => only.name.clone(),
-        (None, _) => bail!("which detector? add `--detector NAME`; the configuration has {}", known.len()),
+        (None, _) => bail!("which detector? add `--detector NAME`; the configuration names {}", known.len()),
     };
     let entry = Entry::of(&name, &settings.detectors);
     let zone = match (&args.time_zone, entry) {

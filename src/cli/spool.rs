@@ -1,5 +1,5 @@
-//! `framegate spool list|purge`: what pushed frames wait on disk. Looks at the directory itself; purging
-//! is the running daemon's work, or done here where there is none.
+//! `framegate spool list|purge`: which pushed and MQTT frames wait on disk. Looks at the directory itself; purging is the
+//! running daemon's work, or done here where there is none.
 
 use std::io::{self, BufRead, IsTerminal as _, Write};
 use std::process::ExitCode;
@@ -81,7 +81,11 @@ pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<ExitCode> 
             } else {
                 writeln!(output, "{} removed.", purged.removed)?;
                 if purged.in_hand > 0 {
-                    writeln!(output, "{} left alone: they are being published right now.", purged.in_hand)?;
+                    writeln!(
+                        output,
+                        "{} left alone: the daemon has them in hand; stop it to remove these, too.",
+                        purged.in_hand
+                    )?;
                 }
             }
             Ok(ExitCode::SUCCESS)

@@ -73,7 +73,7 @@ impl State {
                 "check that the engine runs, and the network, DNS and engine.base_url; `framegate doctor` tells them apart"
             }
             State::Credentials => {
-                "check engine.username and the password or token file, then `framegate reload`; it is tried again by itself"
+                "check engine.username and the password or token file, then `framegate reload` (a systemd credential: `systemctl restart framegate`); it is tried again by itself"
             }
             State::Forbidden => "give the engine's user the Face Publishing permission; nothing else is needed here",
             State::Rejecting => {

@@ -161,7 +161,8 @@ fn logged_in(login: &Login, lines: &mut Vec<Line>) {
     }
 }
 
-fn remedy(state: State) -> &'static str {
+/// What to do about it, for whoever asked this command already.
+pub(super) fn remedy(state: State) -> &'static str {
     match state {
         // Its advice names this command.
         State::Unreachable => "does the engine answer at all? look at its own logs, and at what stands between",

@@ -361,7 +361,7 @@ mod tests {
             assert!(sim.refused.is_empty());
             assert!((30..150).contains(&sim.attempts.len()), "{}", sim.attempts.len());
             let longest = sim.attempts.windows(2).map(|w| w[1].0 - w[0].0).max().unwrap();
-            assert!(longest <= BACKOFF_MAX, "{longest:?}");
+            assert!(longest <= BACKOFF_MAX + LATENCY, "{longest:?}");
         }
     }
 

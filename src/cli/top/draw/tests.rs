@@ -1,3 +1,5 @@
+//! The screen of `framegate top` on a terminal in memory, of every size.
+
 use crossterm::event::{KeyCode, KeyEvent};
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
