@@ -370,20 +370,17 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
         };
         let levels: Vec<&[u8]> = levels.iter().map(String::as_bytes).collect();
         let filled = self.template.as_ref().and_then(|it| it.fill(&levels, |_| known.detector_name.clone()));
-        if filled.is_none() && flaw.is_none() {
-            let why = format!("the message does not say what `{}` stands for", self.entry.name);
-            flaw = Some(refusal(Reason::Unsupported, why));
-        }
+        let detector = message::named(&self.entry.name, filled).unwrap_or_else(|why| {
+            flaw.get_or_insert_with(|| refusal(Reason::Unsupported, why));
+            self.entry.name.clone()
+        });
         if image.len() as u64 > self.max_frame && flaw.is_none() {
             let why = format!("{} bytes; `encode.max_frame` is {}", image.len(), self.max_frame);
             flaw = Some(refusal(Reason::TooLarge, why));
         }
         let detect_time = believed(known.detect_time, now, &self.metrics);
         let broker_time = if believable(broker_time, now) { broker_time } else { now };
-        let line = (
-            filled.unwrap_or_else(|| self.entry.name.clone()),
-            known.time_zone.unwrap_or_else(|| self.entry.time_zone.clone()),
-        );
+        let line = (detector, known.time_zone.unwrap_or_else(|| self.entry.time_zone.clone()));
         let letter = Letter {
             id,
             name,

@@ -177,8 +177,15 @@ fn flaw_of(error: &serde_json::Error) -> Flaw {
     }
 }
 
+/// What a message made of its entry's `name`, as a detector's name; or why it is none.
+pub(super) fn named(entry: &str, filled: Option<String>) -> Result<String, String> {
+    let filled = filled.ok_or_else(|| format!("the message does not say what `{entry}` stands for"))?;
+    // The level of a topic or subject may be as long as it likes.
+    name(&filled).map_err(|flaw| format!("what the message says for `{entry}` {}", flaw.message))
+}
+
 /// A detector's name, if it can be one.
-pub(super) fn name(text: &str) -> Result<String, Flaw> {
+fn name(text: &str) -> Result<String, Flaw> {
     let wrong = |message: &str| Err(Flaw { field: Some("detectorName"), message: message.into() });
     if text.trim().is_empty() {
         wrong("is empty")
@@ -230,6 +237,16 @@ mod tests {
         assert_eq!(known.time_zone.as_deref(), Some("UTC"));
         assert_eq!(known.detect_time, Some("2026-11-23T11:00:00.123Z".parse().unwrap()));
         assert_eq!(read(r#"{"expanded":"AAAA"}"#).unwrap().1, Known::default(), "the entry says the rest");
+    }
+
+    #[test]
+    fn b14_what_fills_a_name_must_be_one() {
+        let named = |filled: Option<&str>| named("{subject.1}", filled.map(str::to_owned));
+        assert_eq!(named(Some("Tür")).as_deref(), Ok("Tür"));
+        for filled in [None, Some(""), Some(" "), Some("a\u{1b}"), Some(&*"x".repeat(256))] {
+            let why = named(filled).unwrap_err();
+            assert!(why.contains("`{subject.1}`") && why.len() < 100, "{why}");
+        }
     }
 
     #[test]

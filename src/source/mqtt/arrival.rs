@@ -69,13 +69,12 @@ impl Reader {
         }
     }
 
-    /// The detector's name, or why there is none: a topic's level may be as long as it likes.
+    /// The detector's name, or why there is none.
     fn filled(&self, publish: &Publish, said: Option<&str>) -> Result<String, String> {
         let levels: Vec<&[u8]> = publish.topic.split('/').map(str::as_bytes).collect();
         let said = said.or(publish.beside[0].as_deref());
         let filled = self.template.as_ref().and_then(|it| it.fill(&levels, |_| said.map(str::to_owned)));
-        let name = filled.ok_or_else(|| format!("the message does not say what `{}` stands for", self.entry.name))?;
-        message::name(&name).map_err(|flaw| format!("what the message says for `{}` {}", self.entry.name, flaw.message))
+        message::named(&self.entry.name, filled)
     }
 
     /// The image, and what is known about it. Bytes are not looked at: those that are none become a dead letter anyway.

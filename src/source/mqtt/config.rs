@@ -18,6 +18,9 @@ const KEEP_ALIVE_MIN: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_MAX: Duration = Duration::from_secs(u16::MAX as u64);
 /// The longest client id, in bytes.
 const CLIENT_ID_BYTES_MAX: usize = 255;
+/// What some brokers take for an order about the subscription: its messages come under topics without it, and so would be
+/// taken for those of another one.
+const ORDERS: [&str; 2] = ["$queue/", "$exclusive/"];
 
 /// `[detectors.mqtt]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -123,6 +126,9 @@ impl Config {
         let mut faults: Vec<Fault> = self.fault_of_url().into_iter().collect();
         if self.topic.is_empty() {
             faults.push(Fault::new("topic", "missing", "write for example topic = \"frigate/+/person/snapshot\""));
+        } else if let Some(order) = ORDERS.iter().find(|order| self.topic.starts_with(**order)) {
+            let right = "leave it out; to share a subscription write $share/GROUP/ in its place";
+            faults.push(Fault::new("topic", format!("begins with `{order}`, which is no part of a topic"), right));
         } else if !wire::is_filter(&self.topic) {
             let right = "a + or # stands alone between slashes, and # only at the end, as in frigate/+/person/snapshot";
             faults.push(Fault::new("topic", format!("`{}` cannot be subscribed to", self.topic.escape_debug()), right));
