@@ -134,9 +134,11 @@ fn root_looks_with_the_rights_of_the_user_it_names() {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
     fs::set_permissions(site.drop_dir("Lobby"), fs::Permissions::from_mode(0o555)).unwrap();
-    // A binary that everybody can run: that of the build may lie in somebody's home.
+    // A binary that everybody can run: that of the build may lie in somebody's home. A process of its own copies it: a file open
+    // for writing here would be inherited by what another test starts meanwhile, and could not be run until that has let go of it.
     let binary = site.path().join("framegate");
-    fs::copy(env!("CARGO_BIN_EXE_framegate"), &binary).unwrap();
+    let copied = std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_framegate")).arg(&binary).status().unwrap();
+    assert!(copied.success(), "cp: {copied}");
     let mut command = std::process::Command::new(&binary);
     command.args(["doctor", "--user", "nobody", "--json", "--config"]).arg(site.config());
     let text = String::from_utf8(command.output().unwrap().stdout).unwrap();
