@@ -76,6 +76,7 @@ pub struct Daemon {
     source_tasks: JoinSet<()>,
     /// Outlives each source, so that a reload publishes nothing again.
     unsettled: directory::Unsettled,
+    inotify: directory::SharedInotify,
     /// Outlives each source, so that two do not fight for one.
     sessions: source::Sessions,
     pipeline: JoinSet<()>,
@@ -208,6 +209,7 @@ impl Daemon {
             watchdog: watchdog.clone(),
             queues: Mutex::default(),
         });
+        let (inotify, events) = directory::SharedInotify::new(metrics.clone());
         let stages = Stages {
             encoder,
             publisher: publisher.clone(),
@@ -229,6 +231,7 @@ impl Daemon {
             let (watchdog, stop) = (watchdog.clone(), stop_services.clone());
             async move { watchdog.run(stop).await }
         });
+        services.spawn(events.run(stop_services.clone()));
         services.spawn(upkeep(shared.clone(), stop_services.clone()));
         services.spawn(admin::serve(listener, Arc::new(view(&shared)), stop_services.clone()));
         match control::bind(&settings.admin.control) {
@@ -248,6 +251,7 @@ impl Daemon {
             sources: Vec::new(),
             source_tasks: JoinSet::new(),
             unsettled: directory::Unsettled::default(),
+            inotify,
             sessions: source::Sessions::default(),
             pipeline,
             services,
@@ -438,6 +442,7 @@ impl Daemon {
             intake: self.intake.clone(),
             metrics: self.shared.metrics.clone(),
             unsettled: self.unsettled.clone(),
+            inotify: self.inotify.clone(),
             sessions: self.sessions.clone(),
             max_frame: self.settings.encode.max_frame.as_u64(),
             health: health.clone(),

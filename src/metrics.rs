@@ -87,7 +87,11 @@ const TABLE: &[(&str, Kind, &str)] = &[
     ("redelivered_total", C, "Messages that a broker delivered again."),
     ("sessions_lost_total", C, "Times that a broker had forgotten our session, and with it what waited there for us."),
     ("lost_upstream_total", C, "Messages that a broker took away before they were ours: a stream was trimmed."),
-    ("watch_overflows_total", C, "Times the kernel's inotify queue overflowed; a scan followed."),
+    (
+        "watch_overflows_total",
+        C,
+        "Times inotify events were lost, in the kernel or for one directory; a scan followed.",
+    ),
     ("watch_errors_total", C, "Directories that could not be watched and are polled instead."),
     ("rescans_total", C, "Full scans of drop directories."),
     ("partial_waits_total", C, "Times an unfinished file was left to its writer."),

@@ -29,8 +29,8 @@ pub use self::name::{Placeholders, Template};
 use crate::metrics::Metrics;
 use crate::queue::Intake;
 
-/// Open files that an entry keeps: its directory, the hidden one, its lock, its claims, inotify; and one more while it scans.
-pub const OPEN_FILES_PER_ENTRY: u64 = 6;
+/// Open files that an entry keeps: its directory, the hidden one, its lock, its claims; and one more while it scans.
+pub const OPEN_FILES_PER_ENTRY: u64 = 5;
 
 /// One `[[detectors]]` entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -218,6 +218,8 @@ pub struct Surroundings {
     pub health: Health,
     /// What former sources of drop directories could not settle.
     pub unsettled: directory::Unsettled,
+    /// What tells drop directories of new files.
+    pub inotify: directory::SharedInotify,
     /// Who has which session at a broker.
     pub sessions: Sessions,
     /// Where frames wait that are acknowledged before they are published; there if an entry needs it.

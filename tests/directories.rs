@@ -250,6 +250,33 @@ fn a5_without_watches_left_directories_are_polled_and_it_is_said_once() {
 }
 
 #[test]
+fn a5_one_inotify_instance_is_enough_for_any_number_of_directories() {
+    const CAMERAS: u64 = 12;
+    if !works("unshare", &["-U", "-r", "sh", "-c", "echo 1 > /proc/sys/user/max_inotify_instances"]) {
+        return skipped("a5", "no user namespace with a limit of its own");
+    }
+    let engine = Engine::start();
+    let mut site = Site::new(&engine.base_url());
+    for n in 0..CAMERAS {
+        site = site.detector(&format!("Cam {n}"), "UTC", BY_EVENT);
+    }
+    let limited = site.shell("echo 1 > /proc/sys/user/max_inotify_instances && exec \"$@\"");
+    let mut command = Command::new("unshare");
+    command.args(["-U", "-r"]).arg(limited.get_program()).args(limited.get_args());
+    let mut daemon = site.start_as(command).until_ready();
+    let written: Vec<Hash> = (0..CAMERAS)
+        .map(|n| {
+            put(&site.drop_dir(&format!("Cam {n}")), "face.jpg", &image(n));
+            hash(&image(n))
+        })
+        .collect();
+    let samples = daemon.idle(PATIENCE);
+    assert_eq!(samples.count("framegate_watch_errors_total", ""), 0);
+    assert!(!site.log().contains("polled"), "{}", site.log());
+    assert_eq!(nothing_lost(&[&engine], &written), 0);
+}
+
+#[test]
 fn a6_what_is_written_below_an_overlay_is_found_by_polling() {
     let engine = Engine::start();
     let site = site(&engine, BY_EVENT);

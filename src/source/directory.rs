@@ -28,6 +28,7 @@ pub use self::detect_time::Finder;
 pub use self::site::Unsettled;
 use self::site::{Settled, Site, Tally, Via};
 use self::watch::{Event, Events, Watcher};
+pub use self::watch::{Reader, SharedInotify};
 use self::window::Key;
 use super::Surroundings;
 
@@ -43,7 +44,7 @@ const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 /// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
 /// What could not be settled is left in `unsettled`, and what others left of this directory is taken over from there.
 pub async fn run(config: Config, around: Surroundings) {
-    let Surroundings { entry, intake, metrics, max_frame, health, unsettled, stop, .. } = around;
+    let Surroundings { entry, intake, metrics, max_frame, health, unsettled, inotify, stop, .. } = around;
     let (site, settled) = match Site::new(entry, config, intake, metrics, max_frame, health.clone()) {
         Ok(made) => made,
         Err(error) => {
@@ -55,7 +56,7 @@ pub async fn run(config: Config, around: Surroundings) {
     };
     let finished = CancellationToken::new();
     let serving = async {
-        serve(&site, &stop).await;
+        serve(&site, &inotify, &stop).await;
         drain(&site).await;
         finished.cancel();
     };
@@ -72,7 +73,7 @@ pub async fn run(config: Config, around: Surroundings) {
 }
 
 /// Opens the directory again and again, and serves it as long as it is there.
-async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
+async fn serve(site: &Arc<Site>, inotify: &SharedInotify, stop: &CancellationToken) {
     while !stop.is_cancelled() {
         let path = site.config.path.clone();
         match blocking(move || Root::open(&path)).await {
@@ -82,7 +83,7 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
                 site.directory_trouble(None);
                 site.put_back.store(false, Ordering::Relaxed);
                 site.nudge();
-                serve_root(site, &root, stop).await;
+                serve_root(site, &root, inotify, stop).await;
                 if !stop.is_cancelled() {
                     site.root.store(None);
                     let gone = site.clone();
@@ -99,9 +100,9 @@ async fn serve(site: &Arc<Site>, stop: &CancellationToken) {
 }
 
 /// Serves one directory until it goes away or `stop`.
-async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken) {
+async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, inotify: &SharedInotify, stop: &CancellationToken) {
     let config = &site.config;
-    let (mut watcher, mut events) = begin_watch(site, root);
+    let (mut watcher, mut events) = begin_watch(site, root, inotify);
     let mut look = tokio::time::interval(LOOK_EVERY.min(config.rescan));
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut scan: Option<JoinHandle<io::Result<bool>>> = None;
@@ -139,28 +140,20 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, stop: &CancellationToken
                 }
                 site.nudge();
             }
-            event = next_event(&mut events) => match event {
-                Ok(batch) => {
-                    if batch.contains(&Event::Overflow) {
-                        site.metrics.counter("watch_overflows_total", &[]).increment(1);
-                        scan_due = Instant::now();
-                    }
-                    if batch.contains(&Event::Gone) {
-                        break;
-                    }
-                    let (at, to, with) = (site.clone(), root.clone(), watcher.clone());
-                    if !blocking(move || Ok(handle(&at, &to, with.as_ref(), batch))).await.unwrap_or(true) {
-                        (watcher, events) = (None, None);
-                        scan_due = Instant::now();
-                        exhausted(site);
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(%error, path = ?config.path, "watching failed; polling from now on");
-                    (watcher, events) = (None, None);
+            batch = next_events(&mut events) => {
+                if batch.contains(&Event::Overflow) {
                     scan_due = Instant::now();
                 }
-            },
+                if batch.contains(&Event::Gone) {
+                    break;
+                }
+                let (at, to, with) = (site.clone(), root.clone(), watcher.clone());
+                if !blocking(move || Ok(handle(&at, &to, with.as_ref(), batch))).await.unwrap_or(true) {
+                    (watcher, events) = (None, None);
+                    scan_due = Instant::now();
+                    exhausted(site);
+                }
+            }
             () = site.changed.notified() => young_due = Some(Instant::now()),
             () = sleep_until(young_due) => {
                 let at = site.clone();
@@ -298,7 +291,7 @@ async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
     })
 }
 
-fn begin_watch(site: &Arc<Site>, root: &Arc<Root>) -> (Option<Watcher>, Option<Events>) {
+fn begin_watch(site: &Arc<Site>, root: &Arc<Root>, inotify: &SharedInotify) -> (Option<Watcher>, Option<Events>) {
     let config = &site.config;
     let poll = |why: &str| {
         tracing::info!(detector = %site.entry.name, path = ?config.path, "polling: {why}");
@@ -310,7 +303,7 @@ fn begin_watch(site: &Arc<Site>, root: &Arc<Root>) -> (Option<Watcher>, Option<E
             poll("this kind of file system does not tell of changes that others make")
         }
         Watch::Auto | Watch::Inotify => {
-            if let Ok((watcher, events)) = watch::begin(config.recursive) {
+            if let Some((watcher, events)) = inotify.begin(config.recursive) {
                 (Some(watcher), Some(events))
             } else {
                 exhausted(site);
@@ -341,19 +334,12 @@ fn next_scan(config: &Config, watched: bool) -> Duration {
     every.mul_f64(0.9 + 0.2 * fastrand::f64())
 }
 
-/// The next events, as many as there are at once. Never, while nothing is watched. Cancel safe: what was read is
-/// returned at once.
-async fn next_event(events: &mut Option<Events>) -> io::Result<Vec<Event>> {
-    use futures_util::FutureExt as _;
-    let Some(events) = events else { return std::future::pending().await };
-    let mut batch = vec![events.next().await?];
-    while batch.len() < BATCH {
-        match events.next().now_or_never() {
-            Some(event) => batch.push(event?),
-            None => break,
-        }
+/// The next events, as many as there are at once. Never, while nothing is watched. Cancel safe.
+async fn next_events(events: &mut Option<Events>) -> Vec<Event> {
+    match events {
+        Some(events) => events.next(BATCH).await,
+        None => std::future::pending().await,
     }
-    Ok(batch)
 }
 
 /// `false`: a new directory could not be watched.

@@ -564,6 +564,7 @@ mod tests {
                 max_frame: 1 << 20,
                 health: Health::default(),
                 unsettled: crate::source::directory::Unsettled::default(),
+                inotify: crate::source::directory::SharedInotify::default(),
                 sessions: crate::source::Sessions::default(),
                 spool: None,
                 push: None,

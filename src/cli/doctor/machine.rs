@@ -13,8 +13,8 @@ use crate::source::{Entry, spool};
 
 /// Watches that others on the box may need.
 const WATCHES_SPARE: u64 = 1024;
-/// inotify instances of one user: one for each entry, and some for others.
-const INSTANCES_SPARE: u64 = 16;
+/// inotify instances of one user: the daemon's one, and some for others.
+const INSTANCES: u64 = 16;
 /// Descriptors besides those of connections: a handful for each detector, logs, sockets.
 const DESCRIPTORS_SPARE: u64 = 64;
 /// Less free than this part of a file system is worth a word.
@@ -23,8 +23,7 @@ const FREE_PART_WARN: f64 = 0.05;
 const FREE_INODES_WARN: u64 = 10_000;
 
 pub(super) fn look(settings: &Settings, lines: &mut Vec<Line>) {
-    let directories = settings.detectors.iter().filter_map(Entry::directory).count() as u64;
-    limit("fs.inotify.max_user_instances", directories + INSTANCES_SPARE, lines);
+    limit("fs.inotify.max_user_instances", INSTANCES, lines);
     let trees: u64 =
         settings.detectors.iter().filter_map(Entry::directory).map(super::directories::watches_needed).sum();
     limit("fs.inotify.max_user_watches", trees + WATCHES_SPARE, lines);
