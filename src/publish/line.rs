@@ -5,7 +5,7 @@
 //! happened; an acceptance proves the engine's health since then only if its own attempt began later, that is, has a higher number.
 //!
 //! The cost of all this in one place: every attempt takes the one lock around it twice, and a start looks at each detector that has
-//! something waiting.
+//! something waiting if the frame that has waited longest may not go.
 
 mod fault;
 mod pause;
@@ -156,6 +156,13 @@ pub(super) struct Line {
     wake: Option<Instant>,
     signals: Vec<(CaseId, Signal)>,
     changes: Vec<Change>,
+}
+
+impl Lane {
+    /// A suspect of this detector comes alone.
+    fn waits_for_itself(&self) -> bool {
+        self.suspects > 0 && self.flying > 0
+    }
 }
 
 impl Line {
@@ -375,25 +382,8 @@ impl Line {
 
     fn pump_open(&mut self, now: Instant) -> bool {
         while self.in_flight < self.concurrency.now() {
-            let mut held = false;
-            let mut first: Option<(u64, CaseId)> = None;
-            let mut wake = None;
-            for lane in self.lanes.values() {
-                let Some((&ticket, &id)) = lane.ready.first_key_value() else { continue };
-                if lane.suspects > 0 && lane.flying > 0 {
-                    continue;
-                }
-                if let Some(at) = lane.limit.wait(now) {
-                    held = true;
-                    wake = Some(earlier(wake, at));
-                } else if first.is_none_or(|(t, _)| ticket < t) {
-                    first = Some((ticket, id));
-                }
-            }
-            if let Some(at) = wake {
-                self.wake_at(at);
-            }
-            let Some((_, id)) = first else { return held };
+            let (first, held) = self.who_is_first(now);
+            let Some(id) = first else { return held };
             if !self.want_token() {
                 return false;
             }
@@ -404,6 +394,37 @@ impl Line {
             self.start(id, now);
         }
         false
+    }
+
+    /// The first in line that may go, if any; and whether a detector's own rate holds one back, whose time then is a time to wake.
+    fn who_is_first(&mut self, now: Instant) -> (Option<CaseId>, bool) {
+        // As a rule whoever has waited longest. Only where he may not go is each detector looked at.
+        if let Some((_, &id)) = self.waiting.first_key_value()
+            && let Some(case) = self.cases.get(&id)
+            && case.place == Place::Ready
+            && let Some(lane) = self.lanes.get(&case.lane)
+            && !lane.waits_for_itself()
+            && lane.limit.wait(now).is_none()
+        {
+            return (Some(id), false);
+        }
+        let mut first: Option<(u64, CaseId)> = None;
+        let mut wake = None;
+        for lane in self.lanes.values() {
+            let Some((&ticket, &id)) = lane.ready.first_key_value() else { continue };
+            if lane.waits_for_itself() {
+                continue;
+            }
+            if let Some(at) = lane.limit.wait(now) {
+                wake = Some(earlier(wake, at));
+            } else if first.is_none_or(|(t, _)| ticket < t) {
+                first = Some((ticket, id));
+            }
+        }
+        if let Some(at) = wake {
+            self.wake_at(at);
+        }
+        (first.map(|(_, id)| id), wake.is_some())
     }
 
     fn start(&mut self, id: CaseId, now: Instant) {
