@@ -74,9 +74,7 @@ pub struct Daemon {
     entries: Arc<ArcSwap<Vec<Entry>>>,
     sources: Vec<Source>,
     source_tasks: JoinSet<()>,
-    /// Outlives each source, so that a reload publishes nothing again.
-    unsettled: directory::Unsettled,
-    inotify: directory::SharedInotify,
+    directories: directory::Shared,
     /// Outlives each source, so that two do not fight for one.
     sessions: source::Sessions,
     pipeline: JoinSet<()>,
@@ -209,7 +207,7 @@ impl Daemon {
             watchdog: watchdog.clone(),
             queues: Mutex::default(),
         });
-        let (inotify, events) = directory::SharedInotify::new(metrics.clone());
+        let (directories, served) = directory::Shared::new(metrics.clone());
         let stages = Stages {
             encoder,
             publisher: publisher.clone(),
@@ -231,7 +229,7 @@ impl Daemon {
             let (watchdog, stop) = (watchdog.clone(), stop_services.clone());
             async move { watchdog.run(stop).await }
         });
-        services.spawn(events.run(stop_services.clone()));
+        services.spawn(served.run(stop_services.clone()));
         services.spawn(upkeep(shared.clone(), stop_services.clone()));
         services.spawn(admin::serve(listener, Arc::new(view(&shared)), stop_services.clone()));
         match control::bind(&settings.admin.control) {
@@ -250,8 +248,7 @@ impl Daemon {
             intake,
             sources: Vec::new(),
             source_tasks: JoinSet::new(),
-            unsettled: directory::Unsettled::default(),
-            inotify,
+            directories,
             sessions: source::Sessions::default(),
             pipeline,
             services,
@@ -441,8 +438,7 @@ impl Daemon {
             entry: entry.clone(),
             intake: self.intake.clone(),
             metrics: self.shared.metrics.clone(),
-            unsettled: self.unsettled.clone(),
-            inotify: self.inotify.clone(),
+            directories: self.directories.clone(),
             sessions: self.sessions.clone(),
             max_frame: self.settings.encode.max_frame.as_u64(),
             health: health.clone(),

@@ -216,10 +216,8 @@ pub struct Surroundings {
     pub max_frame: u64,
     /// Where it says how it is.
     pub health: Health,
-    /// What former sources of drop directories could not settle.
-    pub unsettled: directory::Unsettled,
-    /// What tells drop directories of new files.
-    pub inotify: directory::SharedInotify,
+    /// What drop directories share.
+    pub directories: directory::Shared,
     /// Who has which session at a broker.
     pub sessions: Sessions,
     /// Where frames wait that are acknowledged before they are published; there if an entry needs it.

@@ -7,6 +7,7 @@ mod archive;
 mod claim;
 mod config;
 mod detect_time;
+mod settler;
 mod site;
 mod tree;
 mod watch;
@@ -25,27 +26,59 @@ use tokio_util::sync::CancellationToken;
 use self::claim::Root;
 pub use self::config::{AfterPublish, Config, DetectTime, FromName, Watch};
 pub use self::detect_time::Finder;
-pub use self::site::Unsettled;
-use self::site::{Settled, Site, Tally, Via};
-use self::watch::{Event, Events, Watcher};
-pub use self::watch::{Reader, SharedInotify};
+use self::settler::Settler;
+use self::site::{Settled, Site, Tally, Unsettled, Via};
+use self::watch::{Event, Events, SharedInotify, Watcher};
 use self::window::Key;
 use super::Surroundings;
+use crate::metrics::Metrics;
 
 /// How often the directory itself is looked for, and scanned where events cannot be had.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Events or dispositions that are handled in one go.
+/// Events that are handled in one go.
 const BATCH: usize = 256;
 /// Between two tries to remove files that could not be removed.
 const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 /// How often the archive's old files are looked for.
 const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 
+/// What all drop directories of a daemon have in common. It outlives each of them.
+#[derive(Clone)]
+pub struct Shared {
+    inotify: SharedInotify,
+    settler: Settler,
+    /// What former sources could not settle, so that a reload publishes nothing again.
+    unsettled: Unsettled,
+}
+
+/// What works for a [`Shared`].
+pub struct Service {
+    events: watch::Reader,
+    settled: settler::Inbox,
+}
+
+impl Shared {
+    /// Nothing is noticed or settled until its service runs.
+    pub fn new(metrics: Arc<Metrics>) -> (Self, Service) {
+        let (inotify, events) = SharedInotify::new(metrics);
+        let (settler, settled) = settler::settler();
+        (Self { inotify, settler, unsettled: Unsettled::default() }, Service { events, settled })
+    }
+}
+
+impl Service {
+    /// Serves until `stop`, which comes when no source is left.
+    pub async fn run(self, stop: CancellationToken) {
+        tokio::join!(self.events.run(stop.clone()), settler::run(self.settled, stop));
+    }
+}
+
 /// Serves one drop directory until `stop`; returns when everything it had in hand is settled and the rest given back.
-/// What could not be settled is left in `unsettled`, and what others left of this directory is taken over from there.
+/// What could not be settled is left with the others, and what others left of this directory is taken over from there.
 pub async fn run(config: Config, around: Surroundings) {
-    let Surroundings { entry, intake, metrics, max_frame, health, unsettled, inotify, stop, .. } = around;
-    let (site, settled) = match Site::new(entry, config, intake, metrics, max_frame, health.clone()) {
+    let Surroundings { entry, intake, metrics, max_frame, health, directories, stop, .. } = around;
+    let Shared { inotify, settler, unsettled } = directories;
+    let (site, kept) = match Site::new(entry, config, intake, metrics, max_frame, health.clone(), settler) {
         Ok(made) => made,
         Err(error) => {
             // The configuration was checked before; only a disagreement between the two checks leads here.
@@ -60,7 +93,7 @@ pub async fn run(config: Config, around: Surroundings) {
         drain(&site).await;
         finished.cancel();
     };
-    tokio::join!(serving, settle(&site, settled, &unsettled, &finished), tidy_archive(&site, &stop));
+    tokio::join!(serving, settle_again(&site, kept, &unsettled, &finished), tidy_archive(&site, &stop));
     let last = site.clone();
     // A panic in there would be a bug; the claims are adopted at the next start all the same.
     drop(
@@ -198,16 +231,15 @@ async fn drain(site: &Arc<Site>) {
     }
 }
 
-/// Carries out dispositions in batches, and again and again what the file system refused: that is remembered, and never
-/// published again while this process lives.
-async fn settle(
+/// Carries out, again and again, what the file system refused: that is remembered, and never published again while this
+/// process lives.
+async fn settle_again(
     site: &Arc<Site>,
-    mut settled: mpsc::UnboundedReceiver<Settled>,
+    mut kept: mpsc::UnboundedReceiver<Settled>,
     unsettled: &Unsettled,
     finished: &CancellationToken,
 ) {
     let mut stuck: Vec<Settled> = Vec::new();
-    let mut batch = Vec::new();
     let mut again = Instant::now();
     loop {
         tokio::select! {
@@ -221,7 +253,7 @@ async fn settle(
                     continue;
                 }
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
-                stuck = settle_batch(site, stuck).await;
+                stuck = settle_all(site, stuck).await;
                 let_go(site, &mut stuck);
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
@@ -230,27 +262,20 @@ async fn settle(
                     site.nudge();
                 }
             }
-            mut n = settled.recv_many(&mut batch, BATCH) => {
-                // Whoever is about to settle too gets the chance, so that one thread is woken for all of them.
-                tokio::task::yield_now().await;
-                while n < BATCH && let Ok(one) = settled.try_recv() {
-                    batch.push(one);
-                    n += 1;
-                }
-                let left = settle_batch(site, std::mem::take(&mut batch)).await;
-                if stuck.is_empty() && !left.is_empty() {
+            Some(one) = kept.recv() => {
+                if stuck.is_empty() {
                     again = Instant::now() + SETTLE_AGAIN;
                 }
-                stuck.extend(left);
-                site.stuck.store(stuck.len(), Ordering::Relaxed);
-                for _ in 0..n {
-                    site.done();
-                }
+                stuck.push(one);
+                site.stuck.store(stuck.len() + kept.len(), Ordering::Relaxed);
             }
             () = finished.cancelled() => break,
         }
     }
-    unsettled.leave(settle_batch(site, stuck).await);
+    while let Ok(one) = kept.try_recv() {
+        stuck.push(one);
+    }
+    unsettled.leave(settle_all(site, stuck).await);
 }
 
 /// What lies on a file system that is not there any more holds nothing up: it cannot be settled, and what is there now can.
@@ -267,24 +292,10 @@ fn let_go(site: &Site, stuck: &mut Vec<Settled>) {
     }
 }
 
-async fn settle_batch(site: &Arc<Site>, batch: Vec<Settled>) -> Vec<Settled> {
+/// Those that are still stuck.
+async fn settle_all(site: &Arc<Site>, stuck: Vec<Settled>) -> Vec<Settled> {
     let at = site.clone();
-    let work = move || {
-        let mut stuck = Vec::new();
-        let mut why = None;
-        for mut settled in batch {
-            if let Err(error) = at.settle(&mut settled) {
-                at.metrics.counter("settle_errors_total", &[("operation", "remove")]).increment(1);
-                why = Some(error);
-                stuck.push(settled);
-            }
-        }
-        if let Some(error) = why {
-            let what = "settled files cannot be removed or archived";
-            at.settling_trouble(Some(format!("{what} ({error}); no more are taken until they are")));
-        }
-        stuck
-    };
+    let work = move || stuck.into_iter().filter_map(|one| at.try_to_settle(one)).collect();
     spawn_blocking(work).await.unwrap_or_else(|error| {
         tracing::error!(%error, "settling failed; the claims are found again at the next start");
         Vec::new()

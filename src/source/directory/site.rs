@@ -22,6 +22,7 @@ use tokio::sync::{Notify, mpsc};
 use super::Config;
 use super::claim::{Claim, Root};
 use super::detect_time::Finder;
+use super::settler::Settler;
 use super::tree::Look;
 use super::window::{FRAMES_MAX, Key, Window};
 use crate::frame::{Detector, SourceKind};
@@ -34,7 +35,7 @@ use self::noticing::Young;
 use self::refused::Refused;
 pub(super) use self::scanning::Tally;
 pub(super) use self::settling::Settled;
-pub use self::settling::Unsettled;
+pub(super) use self::settling::Unsettled;
 use self::taking::{Later, SiteLine};
 use self::trouble::Troubles;
 
@@ -56,7 +57,9 @@ pub(super) struct Site {
     pub root: ArcSwapOption<Root>,
     state: Mutex<Inner>,
     troubles: Mutex<Troubles>,
-    settle: mpsc::UnboundedSender<Settled>,
+    settler: Settler,
+    /// What could not be settled, for who tries it again.
+    keep: mpsc::UnboundedSender<Settled>,
     /// Frames offered or in hand.
     pub outstanding: AtomicUsize,
     /// Told when `outstanding` falls to zero while stopping, or a young file is waiting.
@@ -100,9 +103,10 @@ impl Site {
         metrics: Arc<Metrics>,
         max_frame: u64,
         health: Health,
+        settler: Settler,
     ) -> anyhow::Result<(Arc<Self>, mpsc::UnboundedReceiver<Settled>)> {
         // Bounded by the frames in hand, which the queue's byte budget bounds.
-        let (settle, settled) = mpsc::unbounded_channel();
+        let (keep, kept) = mpsc::unbounded_channel();
         let site = Arc::new(Self {
             include: config.globs()?,
             template: Template::parse(&entry.name, entry.source.placeholders()).map_err(anyhow::Error::msg)?,
@@ -125,7 +129,8 @@ impl Site {
             intake,
             max_frame,
             root: ArcSwapOption::empty(),
-            settle,
+            settler,
+            keep,
             outstanding: AtomicUsize::new(0),
             changed: Notify::new(),
             stopping: AtomicBool::new(false),
@@ -138,7 +143,7 @@ impl Site {
         {
             site.register(&mut site.inner(), &name);
         }
-        Ok((site, settled))
+        Ok((site, kept))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -46,17 +46,17 @@ pub(super) enum Event {
     Gone,
 }
 
-/// The inotify instance that all drop directories of a daemon share. By default there is none.
-#[derive(Clone, Debug, Default)]
-pub struct SharedInotify {
+/// The inotify instance that all drop directories of a daemon share.
+#[derive(Clone, Debug)]
+pub(super) struct SharedInotify {
     /// `None`: everything is polled.
     kernel: Option<Watches>,
     listeners: Listeners,
 }
 
 /// Reads the events of a [`SharedInotify`].
-pub struct Reader {
-    stream: Option<EventStream<Vec<u8>>>,
+pub(super) struct Reader {
+    inotify: Option<Inotify>,
     listeners: Listeners,
     metrics: Arc<Metrics>,
 }
@@ -101,21 +101,15 @@ struct Mailbox {
 }
 
 impl SharedInotify {
-    /// Takes an instance, if the system has one left: without it everything is polled. Call it inside the runtime.
-    pub fn new(metrics: Arc<Metrics>) -> (Self, Reader) {
-        let begun = Inotify::init().and_then(|inotify| {
-            let kernel = inotify.watches();
-            Ok((kernel, inotify.into_event_stream(vec![0; BUFFER_BYTES])?))
-        });
-        let (kernel, stream) = begun.map_or_else(
-            |error| {
-                tracing::warn!(%error, "no inotify instance is to be had: raise the sysctl fs.inotify.max_user_instances");
-                (None, None)
-            },
-            |(kernel, stream)| (Some(kernel), Some(stream)),
-        );
-        let listeners = Listeners::default();
-        (Self { kernel, listeners: listeners.clone() }, Reader { stream, listeners, metrics })
+    /// Takes an instance, if the system has one left: without it everything is polled.
+    pub(super) fn new(metrics: Arc<Metrics>) -> (Self, Reader) {
+        let begun = Inotify::init();
+        if let Err(error) = &begun {
+            tracing::warn!(%error, "no inotify instance is to be had: raise the sysctl fs.inotify.max_user_instances");
+        }
+        let inotify = begun.ok();
+        let (kernel, listeners) = (inotify.as_ref().map(Inotify::watches), Listeners::default());
+        (Self { kernel, listeners: listeners.clone() }, Reader { inotify, listeners, metrics })
     }
 
     /// Begins to watch nothing. `None`: there is no instance.
@@ -131,16 +125,19 @@ impl SharedInotify {
 
 impl Reader {
     /// Hands out events until `stop`.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(super) async fn run(self, stop: CancellationToken) {
+        let Self { inotify, listeners, metrics } = self;
         let reading = async {
-            let Some(stream) = &mut self.stream else { return std::future::pending().await };
+            let Some(inotify) = inotify else { return std::future::pending().await };
+            let mut events =
+                inotify.into_event_stream(vec![0; BUFFER_BYTES]).expect("a descriptor that can be waited for");
             loop {
-                match stream.next().await {
-                    Some(Ok(event)) => hand_out(&self.listeners, &self.metrics, &event),
+                match events.next().await {
+                    Some(Ok(event)) => hand_out(&listeners, &metrics, &event),
                     // Nobody has seen that. Scanning again and again is polling.
                     lost => {
                         tracing::warn!(?lost, "inotify events cannot be read; everything is scanned");
-                        overflow(&lock(&self.listeners), &self.metrics);
+                        overflow(&lock(&listeners), &metrics);
                         tokio::time::sleep(READ_AGAIN).await;
                     }
                 }

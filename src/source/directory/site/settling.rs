@@ -36,7 +36,7 @@ pub(in crate::source::directory) struct Held {
 /// What sources could not settle before they ended, for those that follow them in this process: nobody else adopts the
 /// claims, so none is published again, and a reload that mends the cause settles them.
 #[derive(Clone, Default)]
-pub struct Unsettled(Arc<Mutex<Vec<Settled>>>);
+pub(in crate::source::directory) struct Unsettled(Arc<Mutex<Vec<Settled>>>);
 
 impl Unsettled {
     /// Keeps these until somebody serves their directory, or the process ends.
@@ -59,15 +59,31 @@ impl Unsettled {
 }
 
 impl Site {
-    /// Hands a disposition to whoever settles; while nobody does any more, the claim stays for the next start.
-    pub(super) fn tell(&self, held: Held, disposition: Disposition) {
-        if self.settle.send(Settled { held, disposition, counted: false }).is_err() {
-            self.done();
+    /// Hands on what became of a frame.
+    pub(super) fn tell(self: &Arc<Self>, held: Held, disposition: Disposition) {
+        self.settler.put(self.clone(), Settled { held, disposition, counted: false });
+    }
+
+    /// Carries it out, or keeps it for those that are tried again: never published again while this process lives.
+    pub(in crate::source::directory) fn settle_or_keep(self: &Arc<Self>, settled: Settled) {
+        if let Some(stuck) = self.try_to_settle(settled) {
+            self.stuck.fetch_add(1, Ordering::Relaxed);
+            // Where nobody tries any more, the next start adopts its claim.
+            self.keep.send(stuck).ok();
         }
     }
 
+    /// Carries it out. Else says what is wrong, and gives back what is to be tried again.
+    pub(in crate::source::directory) fn try_to_settle(self: &Arc<Self>, mut settled: Settled) -> Option<Settled> {
+        let error = self.settle(&mut settled).err()?;
+        self.metrics.counter("settle_errors_total", &[("operation", "remove")]).increment(1);
+        let what = "settled files cannot be removed or archived";
+        self.settling_trouble(Some(format!("{what} ({error}); no more are taken until they are")));
+        Some(settled)
+    }
+
     /// Carries out one disposition. An error: try again later.
-    pub(in crate::source::directory) fn settle(self: &Arc<Self>, settled: &mut Settled) -> io::Result<()> {
+    fn settle(self: &Arc<Self>, settled: &mut Settled) -> io::Result<()> {
         if !settled.counted {
             self.count(settled);
             settled.counted = true;

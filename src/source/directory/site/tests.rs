@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::super::tree;
+use super::super::{settler, tree};
 use super::*;
 use crate::encode::image::tests::a_jpeg;
 use crate::metrics::DetectorCounts;
@@ -35,7 +35,9 @@ impl Bench {
         let mut directory = Config { path: home.path().to_owned(), quiet: Duration::from_secs(1), ..Config::default() };
         change(&mut directory);
         let entry = Entry::of_directory("Cam", directory.clone());
-        let (site, _) = Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default()).unwrap();
+        let (settler, _) = settler::settler();
+        let (site, _) =
+            Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default(), settler).unwrap();
         let root = Arc::new(Root::open(home.path()).unwrap());
         site.root.store(Some(root.clone()));
         Self { home, site, root, _outlet: outlet }
