@@ -72,6 +72,9 @@ const CASE: Case = Case {
 
 const STEADY: Case = Case { against: Against::Nothing, feed: Feed::Renamed, frames: 5_000, ..CASE };
 
+/// Enough for what one frame costs, where they come by the thousand.
+const THOUSANDS_FRAMES: u64 = 50_000;
+
 /// What runs where nothing is chosen.
 pub(crate) const HEADLINE: [&str; 4] = ["http-40k", "tls-40k", "steady-renamed", "idle"];
 
@@ -127,11 +130,11 @@ pub(crate) const CASES: [Case; 23] = [
     },
     Case {
         name: "million",
-        about: "the first of a million files against a thousand at a time",
+        about: "a million files against a thousand at a time",
         against: Against::ThousandFiles,
         feed: Feed::Backlog(Some(1_000_000)),
         kib: 4,
-        frames: 20_000,
+        frames: 1_000_000,
         ..CASE
     },
 ];
@@ -143,7 +146,9 @@ impl Case {
             Against::Nothing => None,
             Against::Roofline => Some(Self { worker: Worker::Roofline, ..self }),
             Against::OneDetector => Some(Self { detectors: 1, ..self }),
-            Against::ThousandFiles => Some(Self { feed: Feed::Thousands, ..self }),
+            Against::ThousandFiles => {
+                Some(Self { feed: Feed::Thousands, frames: self.frames.min(THOUSANDS_FRAMES), ..self })
+            }
         };
         (base, self)
     }

@@ -18,7 +18,7 @@ use crate::site::{BUDGET_MIB, CONNECTIONS, Site};
 pub(crate) type Measures = BTreeMap<String, f64>;
 
 /// One run takes at most this, generating the files apart.
-const RUN_MAX: Duration = Duration::from_mins(2);
+const RUN_MAX: Duration = Duration::from_mins(10);
 /// Longer than `quiet`: files are complete when the clock starts.
 const SETTLED: Duration = Duration::from_millis(700);
 /// Between looks at what the engine has.

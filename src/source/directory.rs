@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -78,7 +77,7 @@ impl Service {
 pub async fn run(config: Config, around: Surroundings) {
     let Surroundings { entry, intake, metrics, max_frame, health, directories, stop, .. } = around;
     let Shared { inotify, settler, unsettled } = directories;
-    let (site, kept) = match Site::new(entry, config, intake, metrics, max_frame, health.clone(), settler) {
+    let site = match Site::new(entry, config, intake, metrics, max_frame, health.clone(), settler) {
         Ok(made) => made,
         Err(error) => {
             // The configuration was checked before; only a disagreement between the two checks leads here.
@@ -93,7 +92,7 @@ pub async fn run(config: Config, around: Surroundings) {
         drain(&site).await;
         finished.cancel();
     };
-    tokio::join!(serving, settle_again(&site, kept, &unsettled, &finished), tidy_archive(&site, &stop));
+    tokio::join!(serving, settle_again(&site, &unsettled, &finished), tidy_archive(&site, &stop));
     let last = site.clone();
     // A panic in there would be a bug; the claims are adopted at the next start all the same.
     drop(
@@ -233,12 +232,7 @@ async fn drain(site: &Arc<Site>) {
 
 /// Carries out, again and again, what the file system refused: that is remembered, and never published again while this
 /// process lives.
-async fn settle_again(
-    site: &Arc<Site>,
-    mut kept: mpsc::UnboundedReceiver<Settled>,
-    unsettled: &Unsettled,
-    finished: &CancellationToken,
-) {
+async fn settle_again(site: &Arc<Site>, unsettled: &Unsettled, finished: &CancellationToken) {
     let mut stuck: Vec<Settled> = Vec::new();
     let mut again = Instant::now();
     loop {
@@ -255,6 +249,7 @@ async fn settle_again(
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 stuck = settle_all(site, stuck).await;
                 let_go(site, &mut stuck);
+                stuck.append(&mut site.take_kept());
                 site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
                 if stuck.is_empty() {
@@ -262,19 +257,16 @@ async fn settle_again(
                     site.nudge();
                 }
             }
-            Some(one) = kept.recv() => {
+            () = site.keeps_more.notified() => {
                 if stuck.is_empty() {
                     again = Instant::now() + SETTLE_AGAIN;
                 }
-                stuck.push(one);
-                site.stuck.store(stuck.len() + kept.len(), Ordering::Relaxed);
+                stuck.append(&mut site.take_kept());
             }
             () = finished.cancelled() => break,
         }
     }
-    while let Ok(one) = kept.try_recv() {
-        stuck.push(one);
-    }
+    stuck.append(&mut site.take_kept());
     unsettled.leave(settle_all(site, stuck).await);
 }
 

@@ -1,10 +1,12 @@
 //! `[detectors.directory]`: a drop directory's settings, and the placeholders of a detector's name.
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use globset::{Glob, GlobSet, GlobSetBuilder};
 use schemars::JsonSchema;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
@@ -172,19 +174,54 @@ impl JsonSchema for DetectTime {
 }
 
 impl Config {
-    /// The globs, compiled.
-    pub(super) fn globs(&self) -> anyhow::Result<GlobSet> {
+    /// Which names are to be taken.
+    pub(super) fn included(&self) -> anyhow::Result<Included> {
         let mut set = GlobSetBuilder::new();
         for glob in &self.include {
-            set.add(GlobBuilder::new(glob).case_insensitive(true).build()?);
+            set.add(Glob::new(&glob.to_lowercase())?);
         }
-        Ok(set.build()?)
+        Ok(Included(set.build()?))
+    }
+}
+
+/// The names that are taken. All is lower case in here: then the usual globs are looked up by the name's ending, where one that
+/// does not care would make a regular expression of 10 KB for each directory.
+pub(super) struct Included(GlobSet);
+
+impl Included {
+    pub(super) fn has(&self, name: &[u8]) -> bool {
+        match str::from_utf8(name) {
+            Ok(text) => self.0.is_match(text.to_lowercase()),
+            Err(_) => self.0.is_match(OsStr::from_bytes(&name.to_ascii_lowercase())),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_taken_in_upper_and_lower_case_whatever_bytes_they_have() {
+        let config =
+            Config { include: ["*.JPG", "face-[A-F]?.png", "ÉTÉ*"].map(String::from).into(), ..Config::default() };
+        let included = config.included().unwrap();
+        for (name, expected) in [
+            (&b"a.jpg"[..], true),
+            (b"A.JpG", true),
+            (b".jpg", true),
+            (b"\xff\xfe.JPG", true),
+            (b"a.jpg.tmp", false),
+            (b"jpg", false),
+            (b"FACE-b7.PNG", true),
+            (b"face-g7.png", false),
+            ("été.bmp".as_bytes(), true),
+            ("\u{c9}t\u{c9}.bmp".as_bytes(), true),
+            (b"", false),
+        ] {
+            assert_eq!(included.has(name), expected, "{}", name.escape_ascii());
+        }
+    }
 
     #[test]
     fn a_configuration_reads_its_own_defaults_and_both_forms_of_detect_time() {

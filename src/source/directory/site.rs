@@ -15,12 +15,11 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
-use globset::GlobSet;
 use rustix::fs::FileType;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 
-use super::Config;
 use super::claim::{Claim, Root};
+use super::config::{Config, Included};
 use super::detect_time::Finder;
 use super::settler::Settler;
 use super::tree::Look;
@@ -49,7 +48,7 @@ pub(super) struct Site {
     pub metrics: Arc<Metrics>,
     pub health: Health,
     intake: Intake,
-    include: GlobSet,
+    included: Included,
     template: Template,
     finder: Finder,
     max_frame: u64,
@@ -58,8 +57,10 @@ pub(super) struct Site {
     state: Mutex<Inner>,
     troubles: Mutex<Troubles>,
     settler: Settler,
-    /// What could not be settled, for who tries it again.
-    keep: mpsc::UnboundedSender<Settled>,
+    /// What could not be settled, until who tries it again takes it: no more than the frames in hand.
+    kept: Mutex<Vec<Settled>>,
+    /// Told when there is more of that.
+    pub keeps_more: Notify,
     /// Frames offered or in hand.
     pub outstanding: AtomicUsize,
     /// Told when `outstanding` falls to zero while stopping, or a young file is waiting.
@@ -104,11 +105,9 @@ impl Site {
         max_frame: u64,
         health: Health,
         settler: Settler,
-    ) -> anyhow::Result<(Arc<Self>, mpsc::UnboundedReceiver<Settled>)> {
-        // Bounded by the frames in hand, which the queue's byte budget bounds.
-        let (keep, kept) = mpsc::unbounded_channel();
+    ) -> anyhow::Result<Arc<Self>> {
         let site = Arc::new(Self {
-            include: config.globs()?,
+            included: config.included()?,
             template: Template::parse(&entry.name, entry.source.placeholders()).map_err(anyhow::Error::msg)?,
             finder: Finder::new(&config.detect_time, &entry.time_zone)?,
             state: Mutex::new(Inner {
@@ -130,7 +129,8 @@ impl Site {
             max_frame,
             root: ArcSwapOption::empty(),
             settler,
-            keep,
+            kept: Mutex::default(),
+            keeps_more: Notify::new(),
             outstanding: AtomicUsize::new(0),
             changed: Notify::new(),
             stopping: AtomicBool::new(false),
@@ -143,7 +143,7 @@ impl Site {
         {
             site.register(&mut site.inner(), &name);
         }
-        Ok((site, kept))
+        Ok(site)
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

@@ -12,6 +12,8 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RawDir, Stat};
 use rustix::io::Errno;
 
+/// A directory is read in portions of this many bytes: some hundred names.
+const ENTRIES_BYTES: usize = 32 * 1024;
 /// How deep a tree is followed.
 pub(super) const DEPTH_MAX: usize = 32;
 
@@ -144,7 +146,7 @@ pub(super) fn open_file(dir: impl AsFd, name: &[u8]) -> io::Result<OwnedFd> {
 pub(super) fn each(dir: impl AsFd, mut each: impl FnMut(&[u8], FileType) -> io::Result<()>) -> io::Result<()> {
     // A descriptor of its own: reading moves its position.
     let own = rustix::fs::openat(&dir, ".", DIRECTORY, Mode::empty())?;
-    let mut buffer = Vec::with_capacity(64 * 1024);
+    let mut buffer = Vec::with_capacity(ENTRIES_BYTES);
     let mut entries = RawDir::new(own, buffer.spare_capacity_mut());
     while let Some(entry) = entries.next() {
         let entry = entry?;

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,9 +53,7 @@ pub(in crate::source::directory) enum Via {
 impl Site {
     /// Whether a name may be an image of ours.
     fn wanted(&self, name: &[u8]) -> bool {
-        !name.starts_with(b".")
-            && !PARTIAL.iter().any(|ending| name.ends_with(ending))
-            && self.include.is_match(Path::new(std::ffi::OsStr::from_bytes(name)))
+        !name.starts_with(b".") && !PARTIAL.iter().any(|ending| name.ends_with(ending)) && self.included.has(name)
     }
 
     /// A file may have come. Looks at it and puts it where it belongs.

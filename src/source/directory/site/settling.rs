@@ -68,9 +68,18 @@ impl Site {
     pub(in crate::source::directory) fn settle_or_keep(self: &Arc<Self>, settled: Settled) {
         if let Some(stuck) = self.try_to_settle(settled) {
             self.stuck.fetch_add(1, Ordering::Relaxed);
-            // Where nobody tries any more, the next start adopts its claim.
-            self.keep.send(stuck).ok();
+            self.kept().push(stuck);
+            self.keeps_more.notify_one();
         }
+    }
+
+    /// What was kept since the last call.
+    pub(in crate::source::directory) fn take_kept(&self) -> Vec<Settled> {
+        std::mem::take(&mut *self.kept())
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<Settled>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Carries it out. Else says what is wrong, and gives back what is to be tried again.

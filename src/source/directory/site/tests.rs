@@ -36,8 +36,7 @@ impl Bench {
         change(&mut directory);
         let entry = Entry::of_directory("Cam", directory.clone());
         let (settler, _) = settler::settler();
-        let (site, _) =
-            Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default(), settler).unwrap();
+        let site = Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default(), settler).unwrap();
         let root = Arc::new(Root::open(home.path()).unwrap());
         site.root.store(Some(root.clone()));
         Self { home, site, root, _outlet: outlet }
