@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -59,6 +60,11 @@ impl Unsettled {
 }
 
 impl Site {
+    /// Where published files go, if they are not removed.
+    pub(in crate::source::directory) fn archive(&self) -> Option<&Path> {
+        self.config.archive.as_deref().filter(|_| self.config.after_publish == AfterPublish::Archive)
+    }
+
     /// Hands on what became of a frame.
     pub(super) fn tell(self: &Arc<Self>, held: Held, disposition: Disposition) {
         self.settler.put(self.clone(), Settled { held, disposition, counted: false });
@@ -103,11 +109,9 @@ impl Site {
                 if self.rewritten(held)? {
                     return Ok(());
                 }
-                match &self.config.archive {
-                    Some(archive) if self.config.after_publish == AfterPublish::Archive => {
-                        archive::keep(archive, &held.claim)?;
-                    }
-                    Some(_) | None => held.claim.remove()?,
+                match self.archive() {
+                    Some(archive) => archive::keep(archive, &held.claim)?,
+                    None => held.claim.remove()?,
                 }
             }
             Disposition::Rejected => {

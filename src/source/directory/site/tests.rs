@@ -7,13 +7,15 @@ use std::time::{Duration, SystemTime};
 
 use tempfile::TempDir;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::super::{settler, tree};
 use super::*;
 use crate::encode::image::tests::a_jpeg;
 use crate::metrics::DetectorCounts;
 use crate::queue::{Line as _, Outlet, Taken, queue};
-use crate::source::directory::Config;
+use crate::settle::Disposition;
+use crate::source::directory::AfterPublish;
 
 /// A site on a directory of its own, without a clockwork: each test turns it by hand.
 struct Bench {
@@ -29,13 +31,16 @@ impl Bench {
     }
 
     fn with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::settled_by(settler::settler().0, change)
+    }
+
+    fn settled_by(settler: Settler, change: impl FnOnce(&mut Config)) -> Self {
         let home = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
         let (intake, outlet) = queue(1 << 20, &metrics);
         let mut directory = Config { path: home.path().to_owned(), quiet: Duration::from_secs(1), ..Config::default() };
         change(&mut directory);
         let entry = Entry::of_directory("Cam", directory.clone());
-        let (settler, _) = settler::settler();
         let site = Site::new(Arc::new(entry), directory, intake, metrics, 1 << 20, Health::default(), settler).unwrap();
         let root = Arc::new(Root::open(home.path()).unwrap());
         site.root.store(Some(root.clone()));
@@ -230,4 +235,39 @@ fn what_waits_in_a_directory_that_goes_away_is_returned_and_not_dropped() {
     bench.site.forget_all();
     let counts = bench.counts();
     assert_eq!((counts.received, counts.returned, counts.dropped, counts.pending), (5, 5, 0, 0));
+}
+
+#[test]
+fn an_archive_that_hangs_keeps_its_own_frames_only() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (settler, inbox) = settler::settler();
+    let archive = tempfile::tempdir().unwrap();
+    let hanging = Bench::settled_by(settler.clone(), |config| {
+        config.archive = Some(archive.path().to_owned());
+        config.after_publish = AfterPublish::Archive;
+    });
+    let other = Bench::settled_by(settler, |_| {});
+    let in_hand = |bench: &Bench| bench.site.outstanding.load(Ordering::SeqCst);
+    for bench in [&hanging, &other] {
+        fs::write(bench.path().join("a.jpg"), a_jpeg()).unwrap();
+        bench.event("a.jpg");
+        let Taken::Frame(_, receipt) = (bench.line().next().unwrap().take)(&mut Vec::new()) else { panic!("no frame") };
+        receipt.settle(Disposition::Accepted);
+    }
+    // As if its archive's file system did not answer.
+    let hangs = hanging.site.inner();
+    runtime.spawn(settler::run(inbox, CancellationToken::new()));
+    eventually(|| in_hand(&other) == 0);
+    assert_eq!(in_hand(&hanging), 1);
+    drop(hangs);
+    eventually(|| in_hand(&hanging) == 0);
+    assert!(archive.path().join("a.jpg").exists());
+}
+
+fn eventually(condition: impl Fn() -> bool) {
+    let begun = std::time::Instant::now();
+    while !condition() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "it does not happen");
+        std::thread::yield_now();
+    }
 }
