@@ -23,7 +23,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use self::claim::Root;
-pub use self::config::{AfterPublish, Config, DetectTime, FromName, Watch};
+pub use self::config::{AfterPublish, Config, DetectTime, FromName, Watch, glob};
 pub use self::detect_time::Finder;
 use self::settler::Settler;
 use self::site::{Settled, Site, Tally, Unsettled, Via};

@@ -77,7 +77,7 @@ fn drop_directory(key: &str, config: &directory::Config, found: &mut Findings) {
         found.problem(format!("{key}.include"), "is empty: no file would be taken", "write for example [\"*.jpg\"]");
     }
     for (i, glob) in config.include.iter().enumerate() {
-        if let Err(error) = globset::Glob::new(glob) {
+        if let Err(error) = directory::glob(glob) {
             let wrong = format!("`{glob}` is not a pattern: {}", error.kind());
             found.problem(format!("{key}.include[{i}]"), wrong, "write it like *.jpg");
         }

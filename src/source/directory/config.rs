@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
+use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 use schemars::JsonSchema;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
@@ -177,23 +177,49 @@ impl Config {
     /// Which names are to be taken.
     pub(super) fn included(&self) -> anyhow::Result<Included> {
         let mut set = GlobSetBuilder::new();
-        for glob in &self.include {
-            set.add(Glob::new(&glob.to_lowercase())?);
+        for text in &self.include {
+            set.add(glob(text)?);
         }
         Ok(Included(set.build()?))
     }
 }
 
-/// The names that are taken. All is lower case in here: then the usual globs are looked up by the name's ending, where one that
-/// does not care would make a regular expression of 10 KB for each directory.
+/// One glob of `include`.
+///
+/// # Errors
+/// It is none.
+pub fn glob(text: &str) -> Result<Glob, globset::Error> {
+    // Classes stay as they are: [A-z] would be another one in lower case, and [Z-a] none at all.
+    let has_class = text.contains('[');
+    GlobBuilder::new(&lower(text, has_class)).case_insensitive(has_class).build()
+}
+
+/// In lower case, but for ASCII letters where those are to stay. Each letter by itself: what stands beside it, as at the end of a
+/// Greek word, is not the same in a glob and in a name.
+fn lower(text: &str, but_ascii: bool) -> String {
+    let mut lower = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_ascii() {
+            lower.push(if but_ascii { c } else { c.to_ascii_lowercase() });
+        } else {
+            lower.extend(c.to_lowercase());
+        }
+    }
+    lower
+}
+
+/// The names that are taken. They are in lower case in here: then the usual globs are looked up by the name's ending, where one
+/// that does not care would make a regular expression of 10 KB for each directory.
 pub(super) struct Included(GlobSet);
 
 impl Included {
     pub(super) fn has(&self, name: &[u8]) -> bool {
-        match str::from_utf8(name) {
-            Ok(text) => self.0.is_match(text.to_lowercase()),
-            Err(_) => self.0.is_match(OsStr::from_bytes(&name.to_ascii_lowercase())),
+        let mut lower_name = Vec::with_capacity(name.len());
+        for chunk in name.utf8_chunks() {
+            lower_name.extend_from_slice(lower(chunk.valid(), false).as_bytes());
+            lower_name.extend_from_slice(chunk.invalid());
         }
+        self.0.is_match(OsStr::from_bytes(&lower_name))
     }
 }
 
@@ -203,8 +229,8 @@ mod tests {
 
     #[test]
     fn names_are_taken_in_upper_and_lower_case_whatever_bytes_they_have() {
-        let config =
-            Config { include: ["*.JPG", "face-[A-F]?.png", "ÉTÉ*"].map(String::from).into(), ..Config::default() };
+        let globs = ["*.JPG", "face-[A-F]?.png", "ÉTÉ*", "ΦΑΣ*", "[A-z]{1,2}.bmp", "[Z-a].bmp"];
+        let config = Config { include: globs.map(String::from).into(), ..Config::default() };
         let included = config.included().unwrap();
         for (name, expected) in [
             (&b"a.jpg"[..], true),
@@ -217,6 +243,12 @@ mod tests {
             (b"face-g7.png", false),
             ("été.bmp".as_bytes(), true),
             ("\u{c9}t\u{c9}.bmp".as_bytes(), true),
+            (b"\xc3\x89t\xc3\x89\xff.bmp", true),
+            ("ΦΑΣΗ.bmp".as_bytes(), true),
+            ("φασ".as_bytes(), true),
+            (b"_1.BMP", true),
+            (b"Q2.bmp", true),
+            (b"01.bmp", false),
             (b"", false),
         ] {
             assert_eq!(included.has(name), expected, "{}", name.escape_ascii());
