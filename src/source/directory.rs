@@ -240,17 +240,20 @@ async fn settle_again(site: &Arc<Site>, unsettled: &Unsettled, finished: &Cancel
             biased;
             () = tokio::time::sleep_until(again) => {
                 if let Some(root) = &*site.root.load() {
-                    stuck.extend(unsettled.take(root));
+                    let taken_over = unsettled.take(root);
+                    site.stuck.fetch_add(taken_over.len(), Ordering::Relaxed);
+                    stuck.extend(taken_over);
                 }
                 if stuck.is_empty() {
                     again = Instant::now() + LOOK_EVERY;
                     continue;
                 }
-                site.stuck.store(stuck.len(), Ordering::Relaxed);
+                let before = stuck.len();
                 stuck = settle_all(site, stuck).await;
                 let_go(site, &mut stuck);
+                // Those that are kept meanwhile have counted themselves.
+                site.stuck.fetch_sub(before - stuck.len(), Ordering::Relaxed);
                 stuck.append(&mut site.take_kept());
-                site.stuck.store(stuck.len(), Ordering::Relaxed);
                 again = Instant::now() + SETTLE_AGAIN;
                 if stuck.is_empty() {
                     site.settling_trouble(None);
