@@ -169,9 +169,8 @@ fn hand_out(listeners: &Listeners, metrics: &Metrics, event: &inotify::Event<OsS
 fn overflow(listening: &Listening, metrics: &Metrics) {
     count_overflow(metrics);
     for mailbox in &listening.mailboxes {
-        // Without room it holds as much that leads to a scan.
         if mailbox.events.try_send(Event::Overflow).is_err() {
-            mailbox.overflown.store(true, Ordering::Relaxed);
+            mailbox.lost();
         }
     }
 }
@@ -200,10 +199,18 @@ fn meaning(mask: EventMask, name: Option<&OsStr>, dir: &Arc<[u8]>) -> Option<Eve
 impl Mailbox {
     fn put(&self, event: Event, metrics: &Metrics) {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.events.try_send(event)
-            && !self.overflown.swap(true, Ordering::Relaxed)
+            && self.lost()
         {
             count_overflow(metrics);
         }
+    }
+
+    /// There was no room for an event. Whether that is news.
+    fn lost(&self) -> bool {
+        let news = !self.overflown.swap(true, Ordering::Relaxed);
+        // Whoever has emptied it since then waits for an event before he looks.
+        self.events.try_send(Event::Overflow).ok();
+        news
     }
 }
 
@@ -372,7 +379,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_that_goes_away_is_told_once_and_forgotten() {
+    async fn a_directory_that_goes_away_is_told_and_forgotten() {
         let bench = Bench::new();
         let dir = bench.directory("one");
         let (_watcher, mut events) = bench.watch(&dir, false);
@@ -387,8 +394,7 @@ mod tests {
     async fn who_does_not_look_into_a_full_mailbox_has_to_scan_and_nobody_else_has() {
         let metrics = Metrics::new();
         let (inotify, _reader) = SharedInotify::new(metrics.clone());
-        let ((slow, mut events), (_watcher, mut other)) =
-            (inotify.begin(false).unwrap(), inotify.begin(false).unwrap());
+        let ((slow, mut events), (watcher, mut other)) = (inotify.begin(false).unwrap(), inotify.begin(false).unwrap());
         for _ in 0..MAILBOX_EVENTS + 2 {
             slow.mailbox.put(closed("a.jpg"), &metrics);
         }
@@ -397,6 +403,8 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(1), other.next(1)).await.is_err());
         overflow(&lock(&inotify.listeners), &metrics);
         assert_eq!(other.next(1).await, [Event::Overflow]);
+        let (waiting, ()) = tokio::join!(other.next(1), async { assert!(watcher.mailbox.lost()) });
+        assert_eq!(waiting, [Event::Overflow], "also who has emptied it before it was said to be full");
         let text = metrics.render();
         assert!(text.contains("framegate_watch_overflows_total 2"), "{text}");
     }
