@@ -197,6 +197,7 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, inotify: &SharedInotify,
                     break;
                 }
                 site.forget_old_trouble();
+                site.go_on();
                 if site.wants_scan() {
                     scan_due = Instant::now();
                 }

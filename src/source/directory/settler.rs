@@ -57,7 +57,7 @@ struct Work {
 
 /// The two ends.
 pub(super) fn settler() -> (Settler, Inbox) {
-    // The queue's byte budget does not bound it: a frame that the engine has leaves that before it is settled.
+    // The queue's byte budget does not bound it, a frame that the engine has leaves that before it is settled; each site does.
     let (to, from) = mpsc::unbounded_channel();
     (Settler(to), Inbox(from))
 }
@@ -148,7 +148,7 @@ impl Settling {
 
 impl Drop for Settling {
     fn drop(&mut self) {
-        self.site.done();
+        self.site.done_settling();
     }
 }
 

@@ -38,6 +38,9 @@ pub(super) use self::settling::Unsettled;
 use self::taking::{Later, SiteLine};
 use self::trouble::Troubles;
 
+/// Frames of one drop directory that are not pending any more and whose files are still there: beyond that none are taken, since
+/// what a stop finds unsettled comes once more.
+const UNSETTLED_MAX: usize = 256;
 /// Detectors that one entry with placeholders may make.
 const DETECTORS_MAX: usize = 1000;
 
@@ -57,6 +60,10 @@ pub(super) struct Site {
     state: Mutex<Inner>,
     troubles: Mutex<Troubles>,
     settler: Settler,
+    /// Frames that the settler has.
+    unsettled: AtomicUsize,
+    /// There were too many of them, and the lines wait until there are fewer.
+    awaits_settler: AtomicBool,
     /// What could not be settled, until who tries it again takes it: no more than the frames in hand.
     kept: Mutex<Vec<Settled>>,
     /// Told when there is more of that.
@@ -129,6 +136,8 @@ impl Site {
             max_frame,
             root: ArcSwapOption::empty(),
             settler,
+            unsettled: AtomicUsize::new(0),
+            awaits_settler: AtomicBool::new(false),
             kept: Mutex::default(),
             keeps_more: Notify::new(),
             outstanding: AtomicUsize::new(0),

@@ -105,7 +105,8 @@ impl SharedInotify {
     pub(super) fn new(metrics: Arc<Metrics>) -> (Self, Reader) {
         let begun = Inotify::init();
         if let Err(error) = &begun {
-            tracing::warn!(%error, "no inotify instance is to be had: raise the sysctl fs.inotify.max_user_instances");
+            // Each directory that is polled for that reason says so, and what to raise.
+            tracing::debug!(%error, "no inotify instance is to be had");
         }
         let inotify = begun.ok();
         let (kernel, listeners) = (inotify.as_ref().map(Inotify::watches), Listeners::default());

@@ -14,7 +14,7 @@ use super::super::tree::{self, Look};
 use super::super::window::Waiting;
 use super::super::{AfterPublish, archive};
 use super::taking::Later;
-use super::{Inner, Site, key_of};
+use super::{Inner, Site, UNSETTLED_MAX, key_of};
 use crate::settle::Disposition;
 
 /// What became of a frame that we had claimed.
@@ -67,6 +67,7 @@ impl Site {
 
     /// Hands on what became of a frame.
     pub(super) fn tell(self: &Arc<Self>, held: Held, disposition: Disposition) {
+        self.unsettled.fetch_add(1, Ordering::SeqCst);
         self.settler.put(self.clone(), Settled { held, disposition, counted: false });
     }
 
@@ -76,6 +77,32 @@ impl Site {
             self.stuck.fetch_add(1, Ordering::Relaxed);
             self.kept().push(stuck);
             self.keeps_more.notify_one();
+        }
+    }
+
+    /// The settler has no more to do with one of the frames that it was told of.
+    pub(in crate::source::directory) fn done_settling(&self) {
+        let left = self.unsettled.fetch_sub(1, Ordering::SeqCst) - 1;
+        if left == UNSETTLED_MAX / 2 {
+            self.go_on();
+        }
+        self.done();
+    }
+
+    /// Whether nothing is to be taken until the settler has caught up.
+    pub(super) fn waits_for_settler(&self) -> bool {
+        let waits = self.unsettled.load(Ordering::SeqCst) >= UNSETTLED_MAX;
+        if waits {
+            self.awaits_settler.store(true, Ordering::SeqCst);
+        }
+        waits
+    }
+
+    /// Lines that waited for the settler have something again. Call it also every second or so: it may have caught up between the
+    /// look at its count and the note that somebody waits.
+    pub(in crate::source::directory) fn go_on(&self) {
+        if self.awaits_settler.swap(false, Ordering::SeqCst) {
+            self.nudge();
         }
     }
 

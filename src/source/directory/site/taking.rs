@@ -62,6 +62,7 @@ impl Site {
         if self.stopping.load(Ordering::SeqCst)
             || self.stuck.load(Ordering::Relaxed) > 0
             || self.put_back.load(Ordering::Relaxed)
+            || self.waits_for_settler()
         {
             return None;
         }

@@ -264,6 +264,34 @@ fn an_archive_that_hangs_keeps_its_own_frames_only() {
     assert!(archive.path().join("a.jpg").exists());
 }
 
+#[test]
+fn no_more_is_taken_than_the_settler_can_settle_and_it_goes_on_when_it_has() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (settler, inbox) = settler::settler();
+    let bench = Bench::settled_by(settler, |_| {});
+    for n in 0..UNSETTLED_MAX + 50 {
+        fs::write(bench.path().join(format!("{n}.jpg")), a_jpeg()).unwrap();
+        bench.event(&format!("{n}.jpg"));
+    }
+    let line = bench.line();
+    let publish_all = || {
+        std::iter::from_fn(|| line.next())
+            .map(|offer| {
+                let Taken::Frame(_, receipt) = (offer.take)(&mut Vec::new()) else { panic!("no frame") };
+                receipt.settle(Disposition::Accepted);
+            })
+            .count()
+    };
+    assert_eq!(publish_all(), UNSETTLED_MAX, "the others stay where they are");
+    assert!(bench.site.awaits_settler.load(Ordering::SeqCst));
+    runtime.spawn(settler::run(inbox, CancellationToken::new()));
+    eventually(|| !bench.site.awaits_settler.load(Ordering::SeqCst));
+    eventually(|| bench.site.outstanding.load(Ordering::SeqCst) == 0);
+    assert_eq!(publish_all(), 50);
+    eventually(|| bench.site.outstanding.load(Ordering::SeqCst) == 0);
+    assert_eq!(fs::read_dir(bench.path()).unwrap().filter(|it| it.as_ref().unwrap().path().is_file()).count(), 0);
+}
+
 fn eventually(condition: impl Fn() -> bool) {
     let begun = std::time::Instant::now();
     while !condition() {
