@@ -130,6 +130,10 @@ fn the_dashboard_keeps_the_rules_that_operators_rely_on() {
         assert!(panel["fieldConfig"]["defaults"]["unit"].is_string(), "{title}: no unit");
         assert!(!panel["targets"].as_array().expect("targets").is_empty(), "{title}: no query");
         assert_eq!(panel["datasource"]["uid"], "${datasource}", "{title}");
+        // The quantile of nothing is NaN, and would be shown as that.
+        let of_nothing = panel["type"] == "stat" && panel["targets"].to_string().contains("histogram_quantile(");
+        let mappings = panel["fieldConfig"]["defaults"]["mappings"].to_string();
+        assert!(!of_nothing || mappings.contains("\"match\":\"null+nan\""), "{title}: no words for NaN");
     }
     for (title, query) in dashboard.queries() {
         assert!(query.contains("job=~\"$job\",instance=~\"$instance\""), "{title}: {query}");
