@@ -309,7 +309,7 @@ pub struct DetectorMetrics {
 struct Served {
     sources: u32,
     alarm: Option<Duration>,
-    /// Wall clock, milliseconds.
+    /// From when on silence counts: wall clock, milliseconds.
     since_ms: Option<i64>,
 }
 
@@ -561,6 +561,13 @@ impl DetectorMetrics {
     pub fn serve(self: &Arc<Self>, silence_alarm: Option<Duration>) -> Serving {
         self.served(silence_alarm);
         Serving(self.clone())
+    }
+
+    /// Its source has not listened until now, since it has no room: that it heard nothing is no silence.
+    pub fn was_not_listened_to(&self) {
+        if let Some(since) = &mut self.served_by().since_ms {
+            *since = Timestamp::now().as_millisecond();
+        }
     }
 
     /// Whether a source serves the detector now.

@@ -203,6 +203,15 @@ impl<K: Copy + Ord + Hash + Send + 'static> Inbox<K> {
         fit.max(least).min(free).min(REQUEST_MAX)
     }
 
+    /// While there is no room, nothing is asked for, and a detector that is not heard of is not silent. Call it every few seconds.
+    pub(super) fn excuse_silence(&self) {
+        if self.room() == 0 {
+            for line in self.lines.values() {
+                line.counts.was_not_listened_to();
+            }
+        }
+    }
+
     /// Bytes that may be asked for now.
     pub(super) fn room_bytes(&self) -> u64 {
         WAITING_BYTES_MAX.saturating_sub(self.waiting_bytes())
@@ -624,6 +633,23 @@ mod tests {
         assert_eq!((bench.inbox.room(), bench.inbox.room_bytes()), (0, 0));
         drop(bench.taken());
         assert_eq!(bench.inbox.room(), 1, "where nothing waits, one of any size");
+    }
+
+    #[test]
+    fn nobody_is_silent_while_nothing_is_asked_for() {
+        let mut bench = Bench::new("silence_alarm = '100ms'");
+        bench.accept(0, 10, 0);
+        let cam = bench.metrics.detector("Cam");
+        let until_silent = || while !cam.counts().silent {};
+        until_silent();
+        bench.inbox.excuse_silence();
+        assert!(cam.counts().silent, "there is room, and nothing came");
+        for key in 1..HELD_MAX as u64 {
+            bench.accept(key, 10, 0);
+        }
+        until_silent();
+        bench.inbox.excuse_silence();
+        assert!(!cam.counts().silent, "how should it have been heard?");
     }
 
     #[test]

@@ -218,6 +218,7 @@ impl Source {
     /// Moves the deadline of everything in hand. After a silence of ours, what stands in line may be with others already
     /// and is left to them.
     async fn report(&mut self, link: &Link) -> anyhow::Result<()> {
+        self.inbox.excuse_silence();
         if self.touched.elapsed() > self.deadline {
             for sequence in self.inbox.give_back(|_| false) {
                 self.replies.remove(&sequence);

@@ -239,6 +239,7 @@ impl Source {
 
     /// Keeps others from taking over what is in hand.
     async fn beat(&mut self, link: &mut Link) -> RedisResult<()> {
+        self.inbox.excuse_silence();
         if self.touched.elapsed() > self.config.take_over_after / 2 {
             self.keep_what_is_ours(link).await?;
         }
