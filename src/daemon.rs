@@ -24,7 +24,7 @@ use crate::control::{Answer, Request};
 use crate::encode::Encoder;
 use crate::history::History;
 use crate::log::Repeats;
-use crate::metrics::{DetectorCounts, DetectorMetrics, Metrics};
+use crate::metrics::{Condition, DetectorCounts, DetectorMetrics, Metrics};
 use crate::notify::{Notify, Progress, Watchdog};
 use crate::pipeline::{self, Stages};
 use crate::publish::{self, EngineStatus, Publisher, State};
@@ -759,20 +759,24 @@ async fn upkeep(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// Says once when a detector has been silent for longer than its alarm, and once when it is heard again.
+/// Says once when a detector has been silent for longer than its alarm, and once when it is heard again. One that is held, or not
+/// configured any more, is neither.
 fn tell_silence(metrics: &Metrics, silent: &mut BTreeSet<Arc<str>>) {
     for detector in metrics.detectors() {
-        let (now, was) = (detector.counts().silent, silent.contains(&detector.name));
-        match (was, now) {
-            (false, true) => {
-                tracing::warn!(detector = %detector.name, "no frame for longer than its silence_alarm: does its camera run?");
-                silent.insert(detector.name.clone());
+        match detector.counts().condition() {
+            Condition::Silent => {
+                if silent.insert(detector.name.clone()) {
+                    tracing::warn!(detector = %detector.name, "no frame for longer than its silence_alarm: does its camera run?");
+                }
             }
-            (true, false) => {
-                tracing::info!(detector = %detector.name, "frames come again");
+            Condition::Well => {
+                if silent.remove(&detector.name) {
+                    tracing::info!(detector = %detector.name, "frames come again");
+                }
+            }
+            Condition::Held | Condition::Gone => {
                 silent.remove(&detector.name);
             }
-            (true, true) | (false, false) => {}
         }
     }
 }

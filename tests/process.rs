@@ -360,6 +360,15 @@ fn a_silent_member_of_a_family_is_named_in_status_and_log_until_it_is_heard_agai
     eventually("it is heard again", PATIENCE, || site.log().contains("frames come again").then_some(()));
     daemon.idle(PATIENCE);
     assert_eq!(nothing_lost(&[&engine], &written), 0);
+
+    let told = || site.log().matches("no frame for longer than its silence_alarm").count();
+    eventually("it is silent once more", PATIENCE, || (told() > 1).then_some(()));
+    fs::rename(site.drop_dir("{path.0}"), site.path().join("away")).unwrap();
+    eventually("it is held instead", PATIENCE, || {
+        (daemon.metrics().count("framegate_detector_up", "detector=\"Lobby\"") == 0).then_some(())
+    });
+    daemon.stop();
+    assert_eq!(site.log().matches("frames come again").count(), 1, "neither by that nor by the end");
 }
 
 // ---- systemd
