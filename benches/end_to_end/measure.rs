@@ -65,11 +65,13 @@ fn side(case: &Case, place: &Place<'_>) -> Measures {
     match case.feed {
         Feed::None => idle(case, &site),
         Feed::Backlog(waiting) => {
-            let waiting = waiting.unwrap_or(case.frames);
-            fill(&site, waiting);
+            fill(&site, waiting.unwrap_or(case.frames));
+            if waiting.is_some() {
+                written_out();
+            }
             let mut run = Run::of(Process::start(&mut site.command(case.worker)), &site);
             run.wait_for(case.frames);
-            run.finish(case, waiting == case.frames)
+            run.finish(case, waiting.is_none_or(|waiting| waiting == case.frames))
         }
         Feed::Thousands => thousands(case, &site),
         Feed::Renamed | Feed::Closed => steadily(case, &site, place.rate),
@@ -81,12 +83,11 @@ pub(crate) fn fill(site: &Site, waiting: u64) {
     for n in 0..waiting {
         fs::write(site.file(n), site.image(n)).expect("a file");
     }
-    written_out();
     sleep(SETTLED);
 }
 
-/// Backlogs lie on the disk, as those that have waited do: a file that was never written out is cheaper to remove, and writing out
-/// a million beside the run takes a core of it.
+/// For those who are measured against a large backlog, which lies on the disk: a file that was never written out is cheaper to
+/// remove, and writing out a million beside the run takes a core of it.
 fn written_out() {
     rustix::fs::sync();
 }
