@@ -34,7 +34,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// No round of a case begins later than this.
 const BEGIN_UNTIL: Duration = Duration::from_mins(4);
 
-/// Measures the daemon against the least code that does its work. Without a choice of cases: the headline, in about two minutes.
+/// Measures the daemon against the least code that does its work. Without a choice of cases: the headline, in about three minutes.
 #[derive(clap::Parser)]
 #[command(name = "end_to_end", args_conflicts_with_subcommands = true)]
 struct Args {
