@@ -637,10 +637,14 @@ mod tests {
 
     #[test]
     fn nobody_is_silent_while_nothing_is_asked_for() {
-        let mut bench = Bench::new("silence_alarm = '100ms'");
+        let mut bench = Bench::new("silence_alarm = '1s'");
         bench.accept(0, 10, 0);
         let cam = bench.metrics.detector("Cam");
-        let until_silent = || while !cam.counts().silent {};
+        let until_silent = || {
+            while !cam.counts().silent {
+                std::thread::yield_now();
+            }
+        };
         until_silent();
         bench.inbox.excuse_silence();
         assert!(cam.counts().silent, "there is room, and nothing came");
