@@ -22,15 +22,17 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use http::StatusCode;
+use hyper::rt::Executor;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use engine::{Engine, Line};
+use engine::{Engine, Line, OpenLines};
 
 pub use faults::{Action, Faults, Redirect, Reply};
 pub use records::{Accepted, Arrival, Call, Counts, busiest};
@@ -194,9 +196,10 @@ impl Simulator {
         self.engine.tls.as_ref().context("the simulator runs without TLS")?.show(certificate)
     }
 
-    /// Cuts the connections that exist; new ones are welcome.
-    pub fn cut_connections(&self) {
-        self.engine.cut_connections();
+    /// Cuts the connections that exist; new ones are welcome. When it returns, no request that came on an old one is
+    /// counted any more. Cancel safe: they are cut all the same.
+    pub async fn cut_connections(&self) {
+        self.engine.cut_connections().wait().await;
     }
 
     /// Stops listening and cuts every connection: from when this returns, connecting is refused. The port stays reserved.
@@ -304,8 +307,11 @@ async fn accept(engine: Arc<Engine>, listener: TcpListener, stop: CancellationTo
 
 /// Serves one connection until it ends or is cut.
 async fn connection(engine: Arc<Engine>, stream: TcpStream) {
+    let OpenLines { cut, tasks } = engine.open.lock().expect("open lock").clone();
+    let _served = tasks.token();
     let _open = Open::enter(&engine);
-    let cut = engine.lines.lock().expect("lines lock").child_token();
+    let cut = cut.child_token();
+    let streams = Streams { cut: cut.clone(), tasks };
     if stream.set_nodelay(true).is_err() {
         return; // gone already
     }
@@ -313,27 +319,33 @@ async fn connection(engine: Arc<Engine>, stream: TcpStream) {
     let wire = wire::Wire(Arc::clone(&stream));
     let serve = async {
         match &engine.tls {
-            None => exchange(&engine, wire, &Line { cut: cut.clone(), plain: Some(stream) }).await,
+            None => exchange(&engine, wire, streams, &Line { cut: cut.clone(), plain: Some(stream) }).await,
             Some(tls) => {
                 let handshake = tokio::time::timeout(HANDSHAKE_MAX, tls.acceptor().accept(wire));
                 if let Ok(Ok(wire)) = handshake.await {
-                    exchange(&engine, wire, &Line { cut: cut.clone(), plain: None }).await;
+                    exchange(&engine, wire, streams, &Line { cut: cut.clone(), plain: None }).await;
                 }
             }
         }
     };
     tokio::select! {
-        () = serve => {}
+        biased; // what is cut reads nothing more
         () = cut.cancelled() => {}
+        () = serve => {}
     }
 }
 
-async fn exchange(engine: &Arc<Engine>, wire: impl AsyncRead + AsyncWrite + Unpin + 'static, line: &Line) {
+async fn exchange(
+    engine: &Arc<Engine>,
+    wire: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    streams: Streams,
+    line: &Line,
+) {
     let service = service_fn(|request| {
         let (engine, line) = (Arc::clone(engine), line.clone());
         async move { Ok::<_, Infallible>(engine.answer(request, &line).await) }
     });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(streams);
     let mut http1 = builder.http1();
     http1.timer(TokioTimer::new()).header_read_timeout(engine.options.idle).max_buf_size(READ_BUFFER);
     let mut http2 = builder.http2();
@@ -341,6 +353,19 @@ async fn exchange(engine: &Arc<Engine>, wire: impl AsyncRead + AsyncWrite + Unpi
     let builder = if engine.options.http2 { builder } else { builder.http1_only() };
     // How a connection ends is the client's affair.
     drop(builder.serve_connection(TokioIo::new(wire), service).await);
+}
+
+/// Runs the streams of an HTTP/2 connection, which end with it.
+#[derive(Clone)]
+struct Streams {
+    cut: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Streams {
+    fn execute(&self, stream: F) {
+        self.tasks.spawn(self.cut.clone().run_until_cancelled_owned(stream));
+    }
 }
 
 /// A connection that has not ended.

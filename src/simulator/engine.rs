@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::answer::{
     Answer, clock_offset, date, elsewhere, empty, flood, json, message, reply, status, trickle, typed,
@@ -43,8 +44,8 @@ pub(super) struct Engine {
     rng: Mutex<Rng>,
     /// What the rate fault has left, and when that was so.
     allowance: Mutex<(f64, Instant)>,
-    /// Parent of every connection's token.
-    pub(super) lines: Mutex<CancellationToken>,
+    /// The connections that [`cut_connections`](Self::cut_connections) would cut.
+    pub(super) open: Mutex<OpenLines>,
 }
 
 impl Engine {
@@ -61,7 +62,7 @@ impl Engine {
             held: watch::Sender::new(false),
             rng: Mutex::new(Rng::with_seed(options.seed)),
             allowance: Mutex::new((0.0, Instant::now())),
-            lines: Mutex::new(CancellationToken::new()),
+            open: Mutex::new(OpenLines::default()),
             options,
         }
     }
@@ -77,9 +78,12 @@ impl Engine {
         self.held.send_replace(hold);
     }
 
-    pub(super) fn cut_connections(&self) {
-        let lines = std::mem::take(&mut *self.lines.lock().expect("lines lock"));
-        lines.cancel();
+    /// What it gives is empty as soon as nothing more is read from any of them.
+    pub(super) fn cut_connections(&self) -> TaskTracker {
+        let lines = std::mem::take(&mut *self.open.lock().expect("open lock"));
+        lines.cut.cancel();
+        lines.tasks.close();
+        lines.tasks
     }
 
     pub(super) fn records(&self) -> MutexGuard<'_, Records> {
@@ -332,7 +336,7 @@ impl Engine {
                 self.told(body, |actions: Vec<Action>| self.script.lock().expect("script lock").extend(actions))
             }
             ("POST", "revoke-tokens") => self.done(|| self.tokens.revoke_all()),
-            ("POST", "cut-connections") => self.done(|| self.cut_connections()),
+            ("POST", "cut-connections") => self.done(|| drop(self.cut_connections())), // this one is among them
             ("POST", "hold") => self.done(|| self.hold(true)),
             ("POST", "release") => self.done(|| self.hold(false)),
             _ => message(StatusCode::NOT_FOUND, "no such control call"),
@@ -365,6 +369,15 @@ impl Engine {
         act();
         empty(StatusCode::NO_CONTENT)
     }
+}
+
+/// The connections since the last cut of all.
+#[derive(Clone, Default)]
+pub(super) struct OpenLines {
+    /// Parent of every connection's token.
+    pub(super) cut: CancellationToken,
+    /// What serves them.
+    pub(super) tasks: TaskTracker,
 }
 
 /// What a request can do to its connection.

@@ -9,6 +9,7 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use tokio::io::AsyncWriteExt as _;
 
 use super::engine::sha256;
 use super::*;
@@ -293,13 +294,39 @@ async fn down_refuses_connections_and_up_takes_the_same_port() {
     simulator.hold();
     let cut = async {
         simulator.wait_for(|counts| counts.in_flight == 1, SOON).await.expect("one in flight");
-        simulator.cut_connections();
+        simulator.cut_connections().await;
     };
     let (answer, ()) = tokio::join!(client.publish(&token, 8), cut);
     assert!(answer.is_err(), "cut while it waited");
     simulator.release();
     assert_eq!(client.status(&token, 9).await, 200, "new connections are welcome");
     simulator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn after_a_cut_nothing_more_is_counted_of_the_connections_that_were() {
+    let (simulator, _, _) = start(Faults::default()).await;
+    for round in 0..100 {
+        let before = simulator.counts().unknown;
+        let asking: Vec<_> = (0..8)
+            .map(|_| {
+                let address = simulator.address();
+                tokio::spawn(async move {
+                    let mut stream = TcpStream::connect(address).await.expect("a connection");
+                    // It never waits for an answer, so that there is always a request to be read.
+                    while stream.write_all(b"GET /anything HTTP/1.1\r\nHost: engine\r\n\r\n").await.is_ok() {}
+                })
+            })
+            .collect();
+        let all_ask = |counts: &Counts| counts.open == 8 && counts.unknown > before + 100;
+        simulator.wait_for(all_ask, SOON).await.expect("requests come");
+        simulator.cut_connections().await;
+        let cut = simulator.counts().unknown;
+        for asking in asking {
+            asking.await.expect("no panic");
+        }
+        assert_eq!(simulator.counts().unknown, cut, "round {round}");
+    }
 }
 
 #[tokio::test]

@@ -50,6 +50,11 @@ impl Engine {
         self.runtime.block_on(self.simulator.down());
     }
 
+    /// No request on an old connection is counted from when this returns.
+    pub fn cut_connections(&self) {
+        self.runtime.block_on(self.simulator.cut_connections());
+    }
+
     pub fn up(&self) {
         self.runtime.block_on(self.simulator.up()).expect("the port is still ours");
     }
