@@ -7,6 +7,7 @@ mod archive;
 mod claim;
 mod config;
 mod detect_time;
+mod reserve;
 mod settler;
 mod site;
 mod tree;
@@ -15,7 +16,7 @@ mod window;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -28,7 +29,7 @@ pub use self::detect_time::Finder;
 use self::settler::Settler;
 use self::site::{Settled, Site, Tally, Unsettled, Via};
 use self::watch::{Event, Events, SharedInotify, Watcher};
-use self::window::Key;
+use self::window::{Key, Limits};
 use super::Surroundings;
 use crate::metrics::Metrics;
 
@@ -36,6 +37,8 @@ use crate::metrics::Metrics;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Events that are handled in one go.
 const BATCH: usize = 256;
+/// A watched directory is scanned for so large a part of the time at most: one in this many.
+const SCAN_SHARE: u32 = 20;
 /// Between two tries to remove files that could not be removed.
 const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 /// How often the archive's old files are looked for.
@@ -46,6 +49,8 @@ const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 pub struct Shared {
     inotify: SharedInotify,
     settler: Settler,
+    /// How many there are.
+    count: Arc<AtomicUsize>,
     /// What former sources could not settle, so that a reload publishes nothing again.
     unsettled: Unsettled,
 }
@@ -61,7 +66,29 @@ impl Shared {
     pub fn new(metrics: Arc<Metrics>) -> (Self, Service) {
         let (inotify, events) = SharedInotify::new(metrics);
         let (settler, settled) = settler::settler();
-        (Self { inotify, settler, unsettled: Unsettled::default() }, Service { events, settled })
+        let (count, unsettled) = (Arc::default(), Unsettled::default());
+        (Self { inotify, settler, count, unsettled }, Service { events, settled })
+    }
+}
+
+/// One of the drop directories that are served.
+struct Served(Arc<AtomicUsize>);
+
+impl Served {
+    fn new(count: Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+
+    /// How many waiting files it may know now.
+    fn limits(&self) -> Limits {
+        Limits::shared_by(self.0.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -76,7 +103,8 @@ impl Service {
 /// What could not be settled is left with the others, and what others left of this directory is taken over from there.
 pub async fn run(config: Config, around: Surroundings) {
     let Surroundings { entry, intake, metrics, max_frame, health, directories, stop, .. } = around;
-    let Shared { inotify, settler, unsettled } = directories;
+    let Shared { inotify, settler, count, unsettled } = directories;
+    let served = Served::new(count);
     let site = match Site::new(entry, config, intake, metrics, max_frame, health.clone(), settler) {
         Ok(made) => made,
         Err(error) => {
@@ -88,7 +116,7 @@ pub async fn run(config: Config, around: Surroundings) {
     };
     let finished = CancellationToken::new();
     let serving = async {
-        serve(&site, &inotify, &stop).await;
+        serve(&site, &served, &inotify, &stop).await;
         drain(&site).await;
         finished.cancel();
     };
@@ -105,7 +133,7 @@ pub async fn run(config: Config, around: Surroundings) {
 }
 
 /// Opens the directory again and again, and serves it as long as it is there.
-async fn serve(site: &Arc<Site>, inotify: &SharedInotify, stop: &CancellationToken) {
+async fn serve(site: &Arc<Site>, served: &Served, inotify: &SharedInotify, stop: &CancellationToken) {
     while !stop.is_cancelled() {
         let path = site.config.path.clone();
         match blocking(move || Root::open(&path)).await {
@@ -115,7 +143,7 @@ async fn serve(site: &Arc<Site>, inotify: &SharedInotify, stop: &CancellationTok
                 site.directory_trouble(None);
                 site.put_back.store(false, Ordering::Relaxed);
                 site.nudge();
-                serve_root(site, &root, inotify, stop).await;
+                serve_root(site, &root, served, inotify, stop).await;
                 if !stop.is_cancelled() {
                     site.root.store(None);
                     let gone = site.clone();
@@ -132,18 +160,29 @@ async fn serve(site: &Arc<Site>, inotify: &SharedInotify, stop: &CancellationTok
 }
 
 /// Serves one directory until it goes away or `stop`.
-async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, inotify: &SharedInotify, stop: &CancellationToken) {
+async fn serve_root(
+    site: &Arc<Site>,
+    root: &Arc<Root>,
+    served: &Served,
+    inotify: &SharedInotify,
+    stop: &CancellationToken,
+) {
     let config = &site.config;
     let (mut watcher, mut events) = begin_watch(site, root, inotify);
     let mut look = tokio::time::interval(LOOK_EVERY.min(config.rescan));
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut scan: Option<JoinHandle<io::Result<bool>>> = None;
+    let mut scan_begun = Instant::now();
     let mut scan_due = Instant::now();
+    let mut regular = scan_due;
     let mut young_due: Option<Instant> = None;
     loop {
         if scan.is_none() && scan_due <= Instant::now() {
+            site.limit(served.limits());
             scan = Some(begin_scan(site, root, watcher.clone()));
-            scan_due = Instant::now() + next_scan(config, events.is_some());
+            scan_begun = Instant::now();
+            scan_due = scan_begun + next_scan(config, events.is_some());
+            regular = scan_due;
         }
         if stop.is_cancelled() {
             break;
@@ -154,7 +193,13 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, inotify: &SharedInotify,
             done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
                 scan = None;
                 match done {
-                    Ok(Ok(true)) => site.directory_trouble(None),
+                    Ok(Ok(true)) => {
+                        site.directory_trouble(None);
+                        // Unless something calls for one sooner.
+                        if events.is_some() && scan_due == regular {
+                            scan_due = scan_due.max(scan_begun + SCAN_SHARE * scan_begun.elapsed());
+                        }
+                    }
                     Ok(Ok(false)) => {
                         site.directory_trouble(None);
                         (watcher, events) = (None, None);
@@ -198,7 +243,8 @@ async fn serve_root(site: &Arc<Site>, root: &Arc<Root>, inotify: &SharedInotify,
                 }
                 site.forget_old_trouble();
                 site.go_on();
-                if site.wants_scan() {
+                // What one that goes on finds is not known yet.
+                if scan.is_none() && site.wants_scan() {
                     scan_due = Instant::now();
                 }
                 if site.put_back.swap(false, Ordering::Relaxed) || site.health.held().is_some() {

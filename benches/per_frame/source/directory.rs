@@ -3,6 +3,9 @@
 #[path = "../../../src/source/directory/claim.rs"]
 #[expect(dead_code, reason = "only what is measured is used here")]
 mod claim;
+#[path = "../../../src/source/directory/reserve.rs"]
+#[expect(dead_code, reason = "only what is measured is used here")]
+mod reserve;
 #[path = "../../../src/source/directory/tree.rs"]
 #[expect(dead_code, reason = "only what is measured is used here")]
 mod tree;
@@ -20,33 +23,40 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use self::claim::Root;
-use self::window::{FRAMES_MAX, Key, Waiting, Window};
+use self::window::{Key, Limits, Waiting, Window};
 use super::Order;
 
-/// The next one is taken and done with, and another comes, with so many waiting: those beyond the window are on the disk only.
+/// The next one is taken and done with, what waits beyond the window moves up, and another comes.
 #[divan::bench(args = [1, 1_000, 1_000_000])]
 fn next_of_waiting(bencher: Bencher<'_, '_>, waiting: i64) {
     let (cam, now) = (Arc::from("cam"), Instant::now());
-    let mut window = Window::new(Order::FreshestFirst, FRAMES_MAX);
-    for n in 0..waiting {
-        window.add(&cam, a_file(n, now), false, 1);
-    }
+    let mut window = scanned(&cam, waiting, now);
     bencher.bench_local(|| {
         let taken = window.next(&cam, now).expect("one waits");
         window.forget(&taken.key);
-        window.add(&cam, taken, false, 1)
+        window.top_up(&cam);
+        window.add(&cam, taken, false, 0)
     });
 }
 
-/// What is found beyond the window: looked at, and not kept.
+/// What a scan finds beyond the window.
 #[divan::bench]
 fn beyond_the_window(bencher: Bencher<'_, '_>) {
     let (cam, now) = (Arc::from("cam"), Instant::now());
-    let mut window = Window::new(Order::FreshestFirst, FRAMES_MAX);
-    for n in 0..i64::try_from(FRAMES_MAX).expect("small") {
-        window.add(&cam, a_file(n, now), false, 1);
-    }
+    let mut window = scanned(&cam, 100_000, now);
     bencher.with_inputs(|| a_file(-1, now)).bench_local_values(|file| window.add(&cam, file, false, 1));
+}
+
+fn scanned(cam: &Arc<str>, files: i64, now: Instant) -> Window {
+    let mut window = Window::new(Order::FreshestFirst, Limits::shared_by(1));
+    window.begin_scan(1);
+    for n in 0..files {
+        window.add(cam, a_file(n, now), false, 1);
+    }
+    let mut reserve = window.gathered();
+    reserve.sort();
+    window.end_scan(reserve);
+    window
 }
 
 /// A rename into our hidden directory, and an unlink there.

@@ -30,7 +30,8 @@ pub struct Config {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub partial_timeout: Duration,
-    /// The whole directory is looked through this often, whatever was noticed in between.
+    /// The whole directory is looked through this often, whatever was noticed in between. Where that takes more than a
+    /// twentieth of this time, less often.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String")]
     pub rescan: Duration,

@@ -17,13 +17,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwapOption;
 use rustix::fs::FileType;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::claim::{Claim, Root};
 use super::config::{Config, Included};
 use super::detect_time::Finder;
 use super::settler::Settler;
 use super::tree::Look;
-use super::window::{FRAMES_MAX, Key, Window};
+use super::window::{Key, Limits, Waiting, Window};
 use crate::frame::{Detector, SourceKind};
 use crate::metrics::{DetectorMetrics, Metrics};
 use crate::queue::{Intake, Ready};
@@ -118,7 +119,7 @@ impl Site {
             template: Template::parse(&entry.name, entry.source.placeholders()).map_err(anyhow::Error::msg)?,
             finder: Finder::new(&config.detect_time, &entry.time_zone)?,
             state: Mutex::new(Inner {
-                window: Window::new(entry.order, FRAMES_MAX),
+                window: Window::new(entry.order, Limits::shared_by(1)),
                 young: HashMap::new(),
                 later: Vec::new(),
                 refused: Refused::default(),
@@ -208,6 +209,29 @@ impl Site {
         for line in self.inner().lines.values() {
             line.ready.ready();
         }
+    }
+}
+
+impl Inner {
+    /// The number of the scan that begins.
+    fn begin_scan(&mut self) -> u64 {
+        self.scan += 1;
+        self.doubtful.clear();
+        self.window.begin_scan(self.scan);
+        self.scan
+    }
+
+    /// Who is next in a detector's line. What waits beyond the window moves up.
+    fn next(&mut self, detector: &Arc<str>) -> Option<Waiting> {
+        let (came, known) = self.window.top_up(detector);
+        if came > 0 {
+            *self.beyond.entry(detector.clone()).or_default() -= i64::try_from(came).unwrap_or(0);
+        }
+        if let Some(line) = self.lines.get(detector) {
+            // In line by another way: one file, counted twice.
+            (0..known).for_each(|_| line.dropped("vanished"));
+        }
+        self.window.next(detector, Instant::now())
     }
 }
 

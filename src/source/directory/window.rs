@@ -1,8 +1,8 @@
 //! The window on a drop directory: which waiting files are known, which detector's line each stands in, and who is next.
 //! Pure; no I/O.
 //!
-//! Two lanes for each detector (`lanes`). A backlog of any size is held as its best [`FRAMES_MAX`] files: the rest is
-//! only counted, and found again by the next scan.
+//! Two lanes for each detector (`lanes`). A backlog of any size is held as its best files and a `reserve` of the next best, within
+//! [`Limits`] that all drop directories share: the rest is only counted, and found again by the next scan.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,11 +11,37 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::claim::Claim;
+use super::reserve::Reserve;
 use crate::source::Order;
 use crate::source::lanes::{Lanes, Timed};
 
-/// Files held in the window of one source.
-pub(super) const FRAMES_MAX: usize = 131_072;
+/// Files in the windows of all drop directories.
+const WINDOWS_MAX: usize = 16_384;
+/// However many directories share them, each has as many as are published until a scan brings more.
+const WINDOW_LEAST: usize = 256;
+/// Files in the reserves of all drop directories.
+const RESERVES_MAX: usize = 524_288;
+/// However many directories share them.
+const RESERVE_LEAST: usize = 1_024;
+/// Files that come from the reserve when one is wanted: one in its place, and one more where there is room.
+const TOP_UP: usize = 2;
+
+/// How many waiting files one drop directory may know.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// In the window, one by one with all that is known of them: some 300 bytes each.
+    pub window: usize,
+    /// In the reserve: some 50 bytes each.
+    pub reserve: usize,
+}
+
+impl Limits {
+    /// Of each of so many drop directories.
+    pub(super) fn shared_by(directories: usize) -> Self {
+        let share = |all: usize| all / directories.max(1);
+        Self { window: share(WINDOWS_MAX).max(WINDOW_LEAST), reserve: share(RESERVES_MAX).max(RESERVE_LEAST) }
+    }
+}
 
 /// A file by the place where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -67,7 +93,11 @@ pub(super) struct Window {
     order: Order,
     lines: HashMap<Arc<str>, Lanes<Waiting>>,
     known: HashMap<Key, State>,
-    max: usize,
+    /// The next best of what the last scan saw.
+    reserve: Reserve,
+    /// The same, of the scan that goes on.
+    gathered: Reserve,
+    limits: Limits,
     waiting: usize,
     sequence: u64,
 }
@@ -93,11 +123,60 @@ impl Timed for Waiting {
 }
 
 impl Window {
-    pub(super) fn new(order: Order, max: usize) -> Self {
-        Self { order, lines: HashMap::new(), known: HashMap::new(), max, waiting: 0, sequence: 0 }
+    pub(super) fn new(order: Order, limits: Limits) -> Self {
+        let none = || Reserve::new(order, limits.reserve, 0);
+        let (reserve, gathered) = (none(), none());
+        Self { order, lines: HashMap::new(), known: HashMap::new(), reserve, gathered, limits, waiting: 0, sequence: 0 }
+    }
+
+    /// From the next scan on the reserve keeps to these; what stands in line stays.
+    pub(super) fn limit(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
+    /// A scan begins, which meets what is in the reserve once more.
+    pub(super) fn begin_scan(&mut self, scan: u64) {
+        self.reserve = Reserve::new(self.order, self.limits.reserve, scan);
+        self.gathered = Reserve::new(self.order, self.limits.reserve, scan);
+    }
+
+    /// What the scan found no room for, to be sorted while others use the window.
+    pub(super) fn gathered(&mut self) -> Reserve {
+        std::mem::replace(&mut self.gathered, Reserve::new(self.order, self.limits.reserve, 0))
+    }
+
+    /// A scan is over. From now on it is topped up from this.
+    pub(super) fn end_scan(&mut self, reserve: Reserve) {
+        self.reserve = reserve;
+    }
+
+    /// Whether so little of `detector` is left in here that a scan is worth it, if there is more beyond.
+    pub(super) fn runs_dry(&self, detector: &str) -> bool {
+        let left = self.lines.get(detector).map_or(0, Lanes::len);
+        left < self.limits.window / 2 / self.lines.len().max(1) && self.reserve.len_of(detector) == 0
+    }
+
+    /// Puts the next best of `detector` in line, where there is room or nothing else. How many came from the reserve, and how
+    /// many of them are known: in line by another way since.
+    pub(super) fn top_up(&mut self, detector: &Arc<str>) -> (usize, usize) {
+        let (mut came, mut known) = (0, 0);
+        while came < TOP_UP
+            && (self.waiting < self.limits.window || self.lines.get(detector).is_none_or(|line| line.len() == 0))
+            && let Some(waiting) = self.reserve.next(detector)
+        {
+            came += 1;
+            if self.knows(&waiting.key) {
+                known += 1;
+                continue;
+            }
+            self.known.insert(waiting.key.clone(), State { scan: self.reserve.scan(), taken: false, again: false });
+            self.put(detector, waiting, false);
+        }
+        (came, known)
     }
 
     /// How many stand in line.
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.waiting
     }
@@ -110,13 +189,19 @@ impl Window {
             return Added::Known;
         }
         let mut added = Added::InLine;
-        if self.waiting >= self.max {
-            match self.make_room(detector, waiting.mtime, fresh) {
-                Some((detector, state)) => {
-                    added = Added::InsteadOf { detector, scan: state.scan };
+        if self.waiting >= self.limits.window {
+            let Some((other, state, gone)) = self.make_room(detector, waiting.mtime, fresh) else {
+                if scan > 0 {
+                    self.gathered.gather(detector, &waiting);
                 }
-                None => return Added::NoRoom,
+                return Added::NoRoom;
+            };
+            if scan == 0 {
+                self.reserve.add_first(&other, &gone);
+            } else if state.scan == scan {
+                self.gathered.gather(&other, &gone);
             }
+            added = Added::InsteadOf { detector: other, scan: state.scan };
         }
         self.known.insert(waiting.key.clone(), State { scan, taken: false, again: false });
         self.put(detector, waiting, fresh);
@@ -150,8 +235,9 @@ impl Window {
         self.known.contains_key(key)
     }
 
-    /// Everything in line, out of it.
+    /// Everything in line, out of it. The reserve is empty then too.
     pub(super) fn drain(&mut self) -> Vec<(Arc<str>, Waiting)> {
+        self.begin_scan(0);
         let mut all = Vec::new();
         for (name, line) in &mut self.lines {
             all.extend(line.fresh.drain(..).map(|w| (name.clone(), w)));
@@ -171,7 +257,7 @@ impl Window {
 
     /// Takes the worst of the longest line out of the window, if it is worse than a file of `mtime`. Never a claim: no
     /// scan would find it again.
-    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<(Arc<str>, State)> {
+    fn make_room(&mut self, detector: &str, mtime: i64, fresh: bool) -> Option<(Arc<str>, State, Waiting)> {
         let newest_first = self.order == Order::FreshestFirst;
         // A detector with little gets room at the cost of the one with most.
         let (longest, line) = self.lines.iter_mut().max_by_key(|(_, line)| line.len())?;
@@ -192,7 +278,7 @@ impl Window {
             None => line.fresh.pop_back()?,
         };
         self.waiting -= 1;
-        Some((longest.clone(), self.known.remove(&gone.key)?))
+        Some((longest.clone(), self.known.remove(&gone.key)?, gone))
     }
 }
 
@@ -217,6 +303,10 @@ mod tests {
         }
     }
 
+    fn a_window(order: Order, max: usize) -> Window {
+        Window::new(order, Limits { window: max, reserve: 100 })
+    }
+
     fn order(window: &mut Window, now: Instant) -> Vec<i64> {
         std::iter::from_fn(|| window.next("cam", now)).map(|w| w.mtime).collect()
     }
@@ -224,7 +314,7 @@ mod tests {
     #[test]
     fn three_fresh_frames_go_for_one_of_the_backlog_each_newest_first() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = Window::new(Order::FreshestFirst, 100);
+        let mut window = a_window(Order::FreshestFirst, 100);
         for n in 1..=4 {
             window.add(&cam, file(n, now), false, 1);
         }
@@ -237,7 +327,7 @@ mod tests {
     #[test]
     fn oldest_first_turns_it_round() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = Window::new(Order::OldestFirst, 100);
+        let mut window = a_window(Order::OldestFirst, 100);
         for n in [3, 1, 2] {
             window.add(&cam, file(n, now), false, 1);
         }
@@ -250,7 +340,7 @@ mod tests {
     #[test]
     fn what_waited_long_joins_the_backlog_in_its_place() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = Window::new(Order::FreshestFirst, 100);
+        let mut window = a_window(Order::FreshestFirst, 100);
         window.add(&cam, file(5, now), true, 0);
         window.add(&cam, file(7, now), false, 1);
         let later = now + FRESH_FOR + Duration::from_secs(1);
@@ -261,7 +351,7 @@ mod tests {
     #[test]
     fn the_window_keeps_the_best_and_says_what_went() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = Window::new(Order::FreshestFirst, 3);
+        let mut window = a_window(Order::FreshestFirst, 3);
         for n in [1, 2, 3] {
             assert_eq!(window.add(&cam, file(n, now), false, 1), Added::InLine);
         }
@@ -276,13 +366,87 @@ mod tests {
     }
 
     #[test]
+    fn what_a_scan_saw_beyond_the_window_comes_out_in_order_and_once_without_another_scan() {
+        for (order, best_first) in [(Order::FreshestFirst, true), (Order::OldestFirst, false)] {
+            let (cam, now) = (Arc::from("cam"), Instant::now());
+            let mut window = a_window(order, 3);
+            window.begin_scan(1);
+            // No file is met in the order in which it is published.
+            for n in (0..10).map(|n| n * 7 % 10) {
+                window.add(&cam, file(n, now), false, 1);
+            }
+            let mut reserve = window.gathered();
+            reserve.sort();
+            window.end_scan(reserve);
+            let mut came = 0;
+            let published: Vec<i64> = std::iter::from_fn(|| {
+                came += window.top_up(&cam).0;
+                window.next("cam", now)
+            })
+            .map(|it| it.mtime)
+            .collect();
+            let expected: Vec<i64> = if best_first { (0..10).rev().collect() } else { (0..10).collect() };
+            assert_eq!((published, came), (expected, 7));
+            assert!(window.runs_dry("cam"));
+        }
+    }
+
+    #[test]
+    fn the_next_best_are_those_that_fresh_ones_put_out_of_the_window() {
+        let cam = Arc::from("cam");
+        let mut window = a_window(Order::FreshestFirst, 3);
+        window.begin_scan(1);
+        let now = Instant::now();
+        for n in 1..=5 {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        let mut reserve = window.gathered();
+        reserve.sort();
+        window.end_scan(reserve);
+        window.add(&cam, file(11, now), true, 0);
+        let mut order = Vec::new();
+        while let Some(next) = window.next("cam", now) {
+            order.push(next.mtime);
+            window.top_up(&cam);
+        }
+        assert_eq!(order, [11, 5, 4, 3, 2, 1]);
+    }
+
+    #[test]
+    fn one_in_line_by_another_way_does_not_come_again_from_the_reserve() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = a_window(Order::FreshestFirst, 2);
+        window.begin_scan(1);
+        for n in 1..=4 {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        let reserve = window.gathered();
+        window.end_scan(reserve);
+        assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(4));
+        window.add(&cam, file(2, now), true, 0);
+        assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(2));
+        window.forget(&file(4, now).key);
+        assert_eq!(window.top_up(&cam), (2, 1), "2 is taken, 1 comes");
+    }
+
+    #[test]
+    fn directories_share_what_may_be_known_of_files_and_each_has_enough() {
+        for (directories, window, reserve) in
+            [(0, 16_384, 524_288), (1, 16_384, 524_288), (8, 2_048, 65_536), (64, 256, 8_192), (1_000, 256, 1_024)]
+        {
+            let limits = Limits::shared_by(directories);
+            assert_eq!((limits.window, limits.reserve), (window, reserve), "{directories}");
+        }
+    }
+
+    #[test]
     fn a_claim_always_has_room_and_never_goes_out_for_a_better_file() {
         let home = tempfile::tempdir().unwrap();
         let root = Arc::new(super::super::claim::Root::open(home.path()).unwrap());
         std::fs::write(home.path().join("a.jpg"), b"image").unwrap();
         let claim = root.claim(root.fd.as_fd(), &Arc::from(*b""), &Arc::from(*b"a.jpg")).unwrap();
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = Window::new(Order::FreshestFirst, 2);
+        let mut window = a_window(Order::FreshestFirst, 2);
         for n in [10, 11] {
             window.add(&cam, file(n, now), false, 1);
         }
@@ -296,7 +460,7 @@ mod tests {
     #[test]
     fn a_file_that_comes_again_while_it_is_taken_wants_another_look() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = Window::new(Order::FreshestFirst, 3);
+        let mut window = a_window(Order::FreshestFirst, 3);
         window.add(&cam, file(1, now), true, 0);
         let taken = window.next("cam", now).unwrap();
         assert_eq!(window.add(&cam, file(1, now), true, 0), Added::Known);

@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, FileType};
 use super::super::claim::Root;
 use super::super::tree::{self, Look};
 use super::super::watch::Watcher;
-use super::super::window::{FRAMES_MAX, Key};
+use super::super::window::{Key, Limits};
 use super::noticing::Via;
 use super::{NOTHING, Site};
 
@@ -32,24 +32,27 @@ pub(in crate::source::directory) struct Tally {
 }
 
 impl Site {
+    /// How many waiting files are known from now on.
+    pub(in crate::source::directory) fn limit(&self, limits: Limits) {
+        self.inner().window.limit(limits);
+    }
+
     /// Looks at everything. Files are in line as soon as they are seen.
     pub(in crate::source::directory) fn scan(
         self: &Arc<Self>,
         root: &Arc<Root>,
         watcher: Option<&Watcher>,
     ) -> io::Result<bool> {
-        let scan = {
-            let mut inner = self.inner();
-            inner.scan += 1;
-            inner.doubtful.clear();
-            inner.scan
-        };
+        let scan = self.inner().begin_scan();
         self.metrics.counter("rescans_total", &[]).increment(1);
         let mut tally = Tally::default();
         self.adopt(root)?;
         let visited = self.visit(root, &Arc::from(*b""), 0, Via::Scan(scan), watcher, &mut tally);
         let ended = visited.is_ok() && !self.stopping.load(Ordering::Relaxed);
         self.reckon(&tally, ended && !tally.partial);
+        let mut reserve = self.inner().window.gathered();
+        reserve.sort();
+        self.inner().window.end_scan(reserve);
         if ended {
             self.inner().refused.keep_met(scan);
         }
@@ -170,13 +173,13 @@ impl Site {
         }
     }
 
-    /// Whether something was missed, or the window has drained while more wait beyond it.
+    /// Whether something was missed, or a line runs dry while more of its files wait beyond the window.
     pub(in crate::source::directory) fn wants_scan(&self) -> bool {
         if self.missed.swap(false, Ordering::Relaxed) {
             return true;
         }
         let inner = self.inner();
-        inner.window.len() < FRAMES_MAX / 4 && inner.beyond.values().any(|n| *n > 0)
+        inner.beyond.iter().any(|(detector, n)| *n > 0 && inner.window.runs_dry(detector))
     }
 }
 

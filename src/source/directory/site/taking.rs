@@ -56,7 +56,7 @@ struct Offered {
 
 impl Site {
     /// Who is next in `detector`'s line, unless nothing may be taken now.
-    fn next(&self, detector: &str) -> Option<Waiting> {
+    fn next(&self, detector: &Arc<str>) -> Option<Waiting> {
         // Stuck: what is published now could not be settled either, and would pile up beside what cannot be already.
         // Right after one could not be taken, none is: whoever looks after the directory asks again within a second.
         if self.stopping.load(Ordering::SeqCst)
@@ -66,7 +66,7 @@ impl Site {
         {
             return None;
         }
-        self.inner().window.next(detector, Instant::now())
+        self.inner().next(detector)
     }
 
     /// Runs on an encode worker: reads, checks, claims.

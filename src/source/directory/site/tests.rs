@@ -17,6 +17,9 @@ use crate::queue::{Line as _, Outlet, Taken, queue};
 use crate::settle::Disposition;
 use crate::source::directory::AfterPublish;
 
+/// Less than there is in the directory.
+const FEW: Limits = Limits { window: 3, reserve: 100 };
+
 /// A site on a directory of its own, without a clockwork: each test turns it by hand.
 struct Bench {
     home: TempDir,
@@ -93,7 +96,7 @@ fn a_stop_counts_no_offer_that_was_refused() {
 #[test]
 fn what_an_event_puts_out_of_the_window_is_not_taken_for_vanished() {
     let bench = Bench::new();
-    bench.site.inner().window = Window::new(bench.site.entry.order, 3);
+    bench.site.inner().window = Window::new(bench.site.entry.order, FEW);
     for n in 0..5 {
         bench.file(&format!("{n}.jpg"), 100 + n);
     }
@@ -101,12 +104,7 @@ fn what_an_event_puts_out_of_the_window_is_not_taken_for_vanished() {
     assert_eq!((bench.counts().received, bench.counts().pending), (5, 5));
     // As if in the middle of a scan that has met everything: an event, and another that puts the first one out.
     let mut tally = Tally::default();
-    let scan = {
-        let mut inner = bench.site.inner();
-        inner.scan += 1;
-        inner.doubtful.clear();
-        inner.scan
-    };
+    let scan = bench.site.inner().begin_scan();
     let all = |tally: &mut Tally| {
         for n in 0..5 {
             let key = Key { dir: (*b"").into(), name: format!("{n}.jpg").as_bytes().into() };
@@ -130,6 +128,34 @@ fn what_an_event_puts_out_of_the_window_is_not_taken_for_vanished() {
     }
     bench.scan();
     assert_eq!(bench.counts().dropped, 7, "what is in the window is found to be gone when it is its turn");
+}
+
+#[test]
+fn what_waits_beyond_the_window_is_taken_without_another_scan_and_each_is_counted_once() {
+    let bench = Bench::new();
+    bench.site.inner().window = Window::new(bench.site.entry.order, FEW);
+    for n in 0..10 {
+        let name = format!("{n}.jpg");
+        fs::write(bench.path().join(&name), a_jpeg()).unwrap();
+        let file = fs::File::options().write(true).open(bench.path().join(name)).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(100 + n)).unwrap();
+    }
+    bench.scan();
+    assert_eq!((bench.counts().received, bench.counts().pending), (10, 10));
+    // Of those that wait beyond: one is taken away, and one is written once more, which is another frame.
+    fs::remove_file(bench.path().join("8.jpg")).unwrap();
+    fs::write(bench.path().join("9.jpg"), a_jpeg()).unwrap();
+    bench.event("9.jpg");
+    let offers = std::iter::from_fn(|| bench.line().next());
+    let frames = offers.filter_map(|offer| match (offer.take)(&mut Vec::new()) {
+        Taken::Frame(frame, _) => Some(frame.original_name.into_string().unwrap()),
+        Taken::Base64(..) | Taken::Flawed(..) | Taken::Gone => None,
+    });
+    let names: Vec<_> = frames.collect();
+    assert_eq!(names, ["9.jpg", "0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg", "7.jpg"]);
+    assert_eq!((bench.counts().received, bench.counts().dropped), (11, 2), "8, and 9 as it was");
+    assert_eq!(bench.site.inner().beyond["Cam"], 0);
+    assert!(!bench.site.wants_scan());
 }
 
 #[test]
@@ -225,7 +251,7 @@ fn a25_files_from_the_future_stand_in_line_by_their_times_like_all_others() {
 #[test]
 fn what_waits_in_a_directory_that_goes_away_is_returned_and_not_dropped() {
     let bench = Bench::new();
-    bench.site.inner().window = Window::new(bench.site.entry.order, 3);
+    bench.site.inner().window = Window::new(bench.site.entry.order, FEW);
     for n in 0..5 {
         bench.file(&format!("{n}.jpg"), 100 + n);
     }
