@@ -39,6 +39,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 /// A watched directory is scanned for so large a part of the time at most: one in this many.
 const SCAN_SHARE: u32 = 20;
+/// However long a scan takes, the next one is not put off for longer.
+const SCAN_PAUSE_MAX: Duration = Duration::from_mins(5);
 /// Between two tries to remove files that could not be removed.
 const SETTLE_AGAIN: Duration = Duration::from_secs(5);
 /// How often the archive's old files are looked for.
@@ -49,8 +51,7 @@ const ARCHIVE_EVERY: Duration = Duration::from_mins(10);
 pub struct Shared {
     inotify: SharedInotify,
     settler: Settler,
-    /// How many there are.
-    count: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
     /// What former sources could not settle, so that a reload publishes nothing again.
     unsettled: Unsettled,
 }
@@ -66,29 +67,53 @@ impl Shared {
     pub fn new(metrics: Arc<Metrics>) -> (Self, Service) {
         let (inotify, events) = SharedInotify::new(metrics);
         let (settler, settled) = settler::settler();
-        let (count, unsettled) = (Arc::default(), Unsettled::default());
-        (Self { inotify, settler, count, unsettled }, Service { events, settled })
+        let (counts, unsettled) = (Arc::default(), Unsettled::default());
+        (Self { inotify, settler, counts, unsettled }, Service { events, settled })
     }
 }
 
+/// How many drop directories are served, for what they share.
+#[derive(Default)]
+struct Counts {
+    all: AtomicUsize,
+    /// Those with more files than their windows hold.
+    backlogs: AtomicUsize,
+}
+
 /// One of the drop directories that are served.
-struct Served(Arc<AtomicUsize>);
+struct Served {
+    counts: Arc<Counts>,
+    has_backlog: bool,
+}
 
 impl Served {
-    fn new(count: Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
+    /// Until its first scan is over it may have any backlog.
+    fn new(counts: Arc<Counts>) -> Self {
+        counts.all.fetch_add(1, Ordering::Relaxed);
+        counts.backlogs.fetch_add(1, Ordering::Relaxed);
+        Self { counts, has_backlog: true }
+    }
+
+    fn has_backlog(&mut self, now: bool) {
+        match (self.has_backlog, now) {
+            (false, true) => drop(self.counts.backlogs.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.counts.backlogs.fetch_sub(1, Ordering::Relaxed)),
+            (true, true) | (false, false) => {}
+        }
+        self.has_backlog = now;
     }
 
     /// How many waiting files it may know now.
     fn limits(&self) -> Limits {
-        Limits::shared_by(self.0.load(Ordering::Relaxed))
+        let others = self.counts.backlogs.load(Ordering::Relaxed) - usize::from(self.has_backlog);
+        Limits::shared_by(self.counts.all.load(Ordering::Relaxed), others + 1)
     }
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.has_backlog(false);
+        self.counts.all.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -103,8 +128,8 @@ impl Service {
 /// What could not be settled is left with the others, and what others left of this directory is taken over from there.
 pub async fn run(config: Config, around: Surroundings) {
     let Surroundings { entry, intake, metrics, max_frame, health, directories, stop, .. } = around;
-    let Shared { inotify, settler, count, unsettled } = directories;
-    let served = Served::new(count);
+    let Shared { inotify, settler, counts, unsettled } = directories;
+    let mut served = Served::new(counts);
     let site = match Site::new(entry, config, intake, metrics, max_frame, health.clone(), settler) {
         Ok(made) => made,
         Err(error) => {
@@ -116,7 +141,7 @@ pub async fn run(config: Config, around: Surroundings) {
     };
     let finished = CancellationToken::new();
     let serving = async {
-        serve(&site, &served, &inotify, &stop).await;
+        serve(&site, &mut served, &inotify, &stop).await;
         drain(&site).await;
         finished.cancel();
     };
@@ -133,7 +158,7 @@ pub async fn run(config: Config, around: Surroundings) {
 }
 
 /// Opens the directory again and again, and serves it as long as it is there.
-async fn serve(site: &Arc<Site>, served: &Served, inotify: &SharedInotify, stop: &CancellationToken) {
+async fn serve(site: &Arc<Site>, served: &mut Served, inotify: &SharedInotify, stop: &CancellationToken) {
     while !stop.is_cancelled() {
         let path = site.config.path.clone();
         match blocking(move || Root::open(&path)).await {
@@ -163,7 +188,7 @@ async fn serve(site: &Arc<Site>, served: &Served, inotify: &SharedInotify, stop:
 async fn serve_root(
     site: &Arc<Site>,
     root: &Arc<Root>,
-    served: &Served,
+    served: &mut Served,
     inotify: &SharedInotify,
     stop: &CancellationToken,
 ) {
@@ -192,12 +217,15 @@ async fn serve_root(
             () = stop.cancelled() => break,
             done = async { scan.as_mut().expect("guarded").await }, if scan.is_some() => {
                 scan = None;
+                served.has_backlog(site.has_backlog());
                 match done {
                     Ok(Ok(true)) => {
                         site.directory_trouble(None);
-                        // Unless something calls for one sooner.
-                        if events.is_some() && scan_due == regular {
-                            scan_due = scan_due.max(scan_begun + SCAN_SHARE * scan_begun.elapsed());
+                        // Unless something calls for one sooner. Where all is found by scans, as much time is left between them.
+                        if scan_due == regular {
+                            let took = scan_begun.elapsed();
+                            let times = if events.is_some() { SCAN_SHARE } else { 2 };
+                            scan_due = scan_due.max(scan_begun + took + ((times - 1) * took).min(SCAN_PAUSE_MAX));
                         }
                     }
                     Ok(Ok(false)) => {

@@ -48,8 +48,8 @@ fn beyond_the_window(bencher: Bencher<'_, '_>) {
 }
 
 fn scanned(cam: &Arc<str>, files: i64, now: Instant) -> Window {
-    let mut window = Window::new(Order::FreshestFirst, Limits::shared_by(1));
-    window.begin_scan(1);
+    let mut window = Window::new(Order::FreshestFirst, Limits::shared_by(1, 1));
+    drop(window.begin_scan(1));
     for n in 0..files {
         window.add(cam, a_file(n, now), false, 1);
     }

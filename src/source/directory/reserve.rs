@@ -21,10 +21,19 @@ pub(super) struct Reserve {
     scan: u64,
     noticed: Instant,
     received_at: Timestamp,
-    lines: HashMap<Arc<str>, VecDeque<File>>,
-    /// One directory's files mostly come one after the other.
+    lines: HashMap<Arc<str>, Line>,
     dirs: Vec<Arc<[u8]>>,
+    /// Where each of them is in there.
+    places: HashMap<Arc<[u8]>, u32>,
     len: usize,
+}
+
+#[derive(Debug, Default)]
+struct Line {
+    /// The best last, once they are in order.
+    files: VecDeque<File>,
+    /// What is worse than this was let go.
+    edge: Option<i64>,
 }
 
 #[derive(Debug)]
@@ -33,6 +42,7 @@ struct File {
     /// Index in `dirs`.
     dir: u32,
     size: u32,
+    settled: bool,
     name: Box<[u8]>,
 }
 
@@ -40,7 +50,17 @@ impl Reserve {
     /// For what `scan` finds from now on.
     pub(super) fn new(order: Order, max: usize, scan: u64) -> Self {
         let (noticed, received_at) = (Instant::now(), Timestamp::now());
-        Self { order, max, scan, noticed, received_at, lines: HashMap::new(), dirs: Vec::new(), len: 0 }
+        Self {
+            order,
+            max,
+            scan,
+            noticed,
+            received_at,
+            lines: HashMap::new(),
+            dirs: Vec::new(),
+            places: HashMap::new(),
+            len: 0,
+        }
     }
 
     /// The scan that saw what is in here.
@@ -50,33 +70,43 @@ impl Reserve {
 
     /// How many there are of this detector.
     pub(super) fn len_of(&self, detector: &str) -> usize {
-        self.lines.get(detector).map_or(0, VecDeque::len)
+        self.lines.get(detector).map_or(0, |line| line.files.len())
     }
 
     /// Adds a file that a scan met. They are in no order until [`sort`](Self::sort); when there are too many, the worst of the
     /// longest lines go.
     pub(super) fn gather(&mut self, detector: &Arc<str>, waiting: &Waiting) {
+        if self.len >= self.max {
+            self.trim();
+        }
+        let order = self.order;
+        let edge = self.lines.get(detector).and_then(|line| line.edge);
+        if edge.is_some_and(|edge| worst_first(order, waiting.mtime, edge).is_lt()) {
+            return;
+        }
         if let Some(file) = self.file(waiting) {
-            if self.len >= self.max {
-                self.trim();
-            }
             self.len += 1;
-            self.lines.entry(detector.clone()).or_default().push_back(file);
+            self.lines.entry(detector.clone()).or_default().files.push_back(file);
         }
     }
 
-    /// Adds, to one that is in order, a file that went out of the window: better than all in here. The worst goes for it. One that
-    /// was noticed since is left to the next scan.
+    /// Adds, to one that is in order, a file that went out of the window: as a rule better than all in here. The worst goes for
+    /// it. One that is not, or was noticed since, is left to the next scan.
     pub(super) fn add_first(&mut self, detector: &Arc<str>, waiting: &Waiting) {
-        if waiting.noticed <= self.noticed
-            && let Some(file) = self.file(waiting)
+        let order = self.order;
+        let next = self.lines.get(detector).and_then(|line| line.files.back());
+        if next.is_some_and(|next| worst_first(order, waiting.mtime, next.mtime).is_lt())
+            || waiting.noticed > self.noticed
         {
-            let line = self.lines.entry(detector.clone()).or_default();
-            if self.len >= self.max && line.pop_front().is_some() {
+            return;
+        }
+        if let Some(file) = self.file(waiting) {
+            let files = &mut self.lines.entry(detector.clone()).or_default().files;
+            if self.len >= self.max && files.pop_front().is_some() {
                 self.len -= 1;
             }
             if self.len < self.max {
-                line.push_back(file);
+                files.push_back(file);
                 self.len += 1;
             }
         }
@@ -87,7 +117,7 @@ impl Reserve {
         (self.noticed, self.received_at) = (Instant::now(), Timestamp::now());
         let order = self.order;
         for line in self.lines.values_mut() {
-            line.make_contiguous().sort_unstable_by(|a, b| worst_first(order, a, b));
+            line.files.make_contiguous().sort_unstable_by(|a, b| worst_first(order, a.mtime, b.mtime));
         }
     }
 
@@ -96,7 +126,7 @@ impl Reserve {
         if self.len == 0 {
             return None;
         }
-        let File { mtime, dir, size, name } = self.lines.get_mut(detector)?.pop_back()?;
+        let File { mtime, dir, size, settled, name } = self.lines.get_mut(detector)?.files.pop_back()?;
         self.len -= 1;
         Some(Waiting {
             key: Key { dir: self.dirs[dir as usize].clone(), name: name.into() },
@@ -105,43 +135,48 @@ impl Reserve {
             noticed: self.noticed,
             received_at: self.received_at,
             still_since: self.noticed,
-            settled: true,
+            settled,
             claim: None,
         })
     }
 
     /// What is kept of it; `None`: it cannot be put in line by that alone, and the next scan finds it.
     fn file(&mut self, waiting: &Waiting) -> Option<File> {
-        if waiting.claim.is_some() || !waiting.settled {
+        if waiting.claim.is_some() {
             return None;
         }
         let (size, Key { dir, name }) = (u32::try_from(waiting.size).ok()?, &waiting.key);
-        if self.dirs.last() != Some(dir) {
+        let known = self.places.get(dir).copied();
+        let place = known.or_else(|| u32::try_from(self.dirs.len()).ok())?;
+        if known.is_none() {
             self.dirs.push(dir.clone());
+            self.places.insert(dir.clone(), place);
         }
-        let dir = u32::try_from(self.dirs.len() - 1).ok()?;
-        Some(File { mtime: waiting.mtime, dir, size, name: (&**name).into() })
+        Some(File { mtime: waiting.mtime, dir: place, size, settled: waiting.settled, name: (&**name).into() })
     }
 
     /// Makes room for a quarter more, so that what it costs is shared by many.
     fn trim(&mut self) {
-        let most = fair_share(self.lines.values().map(VecDeque::len).collect(), self.max - self.max.div_ceil(4));
+        let lengths = self.lines.values().map(|line| line.files.len()).collect();
+        let most = fair_share(lengths, self.max - self.max.div_ceil(4));
         let order = self.order;
-        for line in self.lines.values_mut() {
-            let gone = line.len().saturating_sub(most);
-            if (1..line.len()).contains(&gone) {
-                line.make_contiguous().select_nth_unstable_by(gone, |a, b| worst_first(order, a, b));
+        for Line { files, edge } in self.lines.values_mut() {
+            let gone = files.len().saturating_sub(most);
+            if (1..files.len()).contains(&gone) {
+                let by_time = |a: &File, b: &File| worst_first(order, a.mtime, b.mtime);
+                let (_, worst_kept, _) = files.make_contiguous().select_nth_unstable_by(gone, by_time);
+                *edge = Some(worst_kept.mtime);
             }
-            line.drain(..gone);
+            files.drain(..gone);
         }
-        self.len = self.lines.values().map(VecDeque::len).sum();
+        self.len = self.lines.values().map(|line| line.files.len()).sum();
     }
 }
 
-fn worst_first(order: Order, a: &File, b: &File) -> Ordering {
+fn worst_first(order: Order, a: i64, b: i64) -> Ordering {
     match order {
-        Order::FreshestFirst => a.mtime.cmp(&b.mtime),
-        Order::OldestFirst => b.mtime.cmp(&a.mtime),
+        Order::FreshestFirst => a.cmp(&b),
+        Order::OldestFirst => b.cmp(&a),
     }
 }
 
@@ -212,6 +247,13 @@ mod tests {
     }
 
     #[test]
+    fn worse_ones_that_come_late_do_not_fill_the_room_of_better_ones_that_had_to_go() {
+        let best_first: Vec<(&str, i64)> = (0..110).rev().map(|n| ("a", n)).collect();
+        let mut reserve = gathered(Order::FreshestFirst, 100, &best_first);
+        assert!(drained(&mut reserve, "a").into_iter().eq((35..110).rev()));
+    }
+
+    #[test]
     fn what_goes_out_of_the_window_is_next_and_the_worst_makes_room_for_it() {
         let mut reserve = gathered(Order::FreshestFirst, 3, &[("a", 1), ("a", 2)]);
         let cam = Arc::from("a");
@@ -222,13 +264,15 @@ mod tests {
     }
 
     #[test]
-    fn what_may_still_change_or_came_later_is_left_to_the_next_scan() {
+    fn what_is_no_better_or_came_later_is_left_to_the_next_scan() {
         let mut reserve = Reserve::new(Order::FreshestFirst, 10, 1);
         let (cam, now) = (Arc::from("a"), reserve.noticed);
-        reserve.gather(&cam, &Waiting { settled: false, ..file(1, now) });
         reserve.gather(&cam, &Waiting { size: u64::from(u32::MAX) + 1, ..file(2, now) });
         reserve.add_first(&cam, &file(3, now + std::time::Duration::from_secs(1)));
         assert_eq!(reserve.len, 0);
+        reserve.gather(&cam, &file(5, now));
+        reserve.add_first(&cam, &file(4, now));
+        assert_eq!(drained(&mut reserve, "a"), [5]);
     }
 
     #[test]

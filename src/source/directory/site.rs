@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use super::claim::{Claim, Root};
 use super::config::{Config, Included};
 use super::detect_time::Finder;
+use super::reserve::Reserve;
 use super::settler::Settler;
 use super::tree::Look;
 use super::window::{Key, Limits, Waiting, Window};
@@ -119,7 +120,7 @@ impl Site {
             template: Template::parse(&entry.name, entry.source.placeholders()).map_err(anyhow::Error::msg)?,
             finder: Finder::new(&config.detect_time, &entry.time_zone)?,
             state: Mutex::new(Inner {
-                window: Window::new(entry.order, Limits::shared_by(1)),
+                window: Window::new(entry.order, Limits::shared_by(1, 1)),
                 young: HashMap::new(),
                 later: Vec::new(),
                 refused: Refused::default(),
@@ -213,12 +214,11 @@ impl Site {
 }
 
 impl Inner {
-    /// The number of the scan that begins.
-    fn begin_scan(&mut self) -> u64 {
+    /// The number of the scan that begins, and the reserve that is of no use any more.
+    fn begin_scan(&mut self) -> (u64, Reserve) {
         self.scan += 1;
         self.doubtful.clear();
-        self.window.begin_scan(self.scan);
-        self.scan
+        (self.scan, self.window.begin_scan(self.scan))
     }
 
     /// Who is next in a detector's line. What waits beyond the window moves up.

@@ -15,8 +15,10 @@ use super::reserve::Reserve;
 use crate::source::Order;
 use crate::source::lanes::{Lanes, Timed};
 
+/// Files in the window of one drop directory: few enough for a processor's cache, and as many as are published in a second.
+const WINDOW_MAX: usize = 16_384;
 /// Files in the windows of all drop directories.
-const WINDOWS_MAX: usize = 16_384;
+const WINDOWS_MAX: usize = 65_536;
 /// However many directories share them, each has as many as are published until a scan brings more.
 const WINDOW_LEAST: usize = 256;
 /// Files in the reserves of all drop directories.
@@ -31,15 +33,18 @@ const TOP_UP: usize = 2;
 pub(super) struct Limits {
     /// In the window, one by one with all that is known of them: some 300 bytes each.
     pub window: usize,
-    /// In the reserve: some 50 bytes each.
+    /// In the reserve: some 60 bytes each.
     pub reserve: usize,
 }
 
 impl Limits {
-    /// Of each of so many drop directories.
-    pub(super) fn shared_by(directories: usize) -> Self {
-        let share = |all: usize| all / directories.max(1);
-        Self { window: share(WINDOWS_MAX).max(WINDOW_LEAST), reserve: share(RESERVES_MAX).max(RESERVE_LEAST) }
+    /// Of each of so many drop directories, so many of which have more than their windows hold.
+    pub(super) fn shared_by(directories: usize, backlogs: usize) -> Self {
+        let share = |all: usize, sharers: usize| all / sharers.max(1);
+        Self {
+            window: share(WINDOWS_MAX, directories).clamp(WINDOW_LEAST, WINDOW_MAX),
+            reserve: share(RESERVES_MAX, backlogs).max(RESERVE_LEAST),
+        }
     }
 }
 
@@ -134,10 +139,11 @@ impl Window {
         self.limits = limits;
     }
 
-    /// A scan begins, which meets what is in the reserve once more.
-    pub(super) fn begin_scan(&mut self, scan: u64) {
-        self.reserve = Reserve::new(self.order, self.limits.reserve, scan);
+    /// A scan begins, which meets what is in the reserve once more: until it ends there is none. Gives the old one, which is
+    /// better dropped while nobody waits.
+    pub(super) fn begin_scan(&mut self, scan: u64) -> Reserve {
         self.gathered = Reserve::new(self.order, self.limits.reserve, scan);
+        std::mem::replace(&mut self.reserve, Reserve::new(self.order, 0, scan))
     }
 
     /// What the scan found no room for, to be sorted while others use the window.
@@ -153,14 +159,14 @@ impl Window {
     /// Whether so little of `detector` is left in here that a scan is worth it, if there is more beyond.
     pub(super) fn runs_dry(&self, detector: &str) -> bool {
         let left = self.lines.get(detector).map_or(0, Lanes::len);
-        left < self.limits.window / 2 / self.lines.len().max(1) && self.reserve.len_of(detector) == 0
+        (left == 0 || left < self.limits.window / 2 / self.lines.len()) && self.reserve.len_of(detector) == 0
     }
 
     /// Puts the next best of `detector` in line, where there is room or nothing else. How many came from the reserve, and how
     /// many of them are known: in line by another way since.
     pub(super) fn top_up(&mut self, detector: &Arc<str>) -> (usize, usize) {
         let (mut came, mut known) = (0, 0);
-        while came < TOP_UP
+        while came - known < TOP_UP
             && (self.waiting < self.limits.window || self.lines.get(detector).is_none_or(|line| line.len() == 0))
             && let Some(waiting) = self.reserve.next(detector)
         {
@@ -237,7 +243,7 @@ impl Window {
 
     /// Everything in line, out of it. The reserve is empty then too.
     pub(super) fn drain(&mut self) -> Vec<(Arc<str>, Waiting)> {
-        self.begin_scan(0);
+        drop(self.begin_scan(0));
         let mut all = Vec::new();
         for (name, line) in &mut self.lines {
             all.extend(line.fresh.drain(..).map(|w| (name.clone(), w)));
@@ -370,7 +376,7 @@ mod tests {
         for (order, best_first) in [(Order::FreshestFirst, true), (Order::OldestFirst, false)] {
             let (cam, now) = (Arc::from("cam"), Instant::now());
             let mut window = a_window(order, 3);
-            window.begin_scan(1);
+            drop(window.begin_scan(1));
             // No file is met in the order in which it is published.
             for n in (0..10).map(|n| n * 7 % 10) {
                 window.add(&cam, file(n, now), false, 1);
@@ -395,7 +401,7 @@ mod tests {
     fn the_next_best_are_those_that_fresh_ones_put_out_of_the_window() {
         let cam = Arc::from("cam");
         let mut window = a_window(Order::FreshestFirst, 3);
-        window.begin_scan(1);
+        drop(window.begin_scan(1));
         let now = Instant::now();
         for n in 1..=5 {
             window.add(&cam, file(n, now), false, 1);
@@ -416,7 +422,7 @@ mod tests {
     fn one_in_line_by_another_way_does_not_come_again_from_the_reserve() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
         let mut window = a_window(Order::FreshestFirst, 2);
-        window.begin_scan(1);
+        drop(window.begin_scan(1));
         for n in 1..=4 {
             window.add(&cam, file(n, now), false, 1);
         }
@@ -431,12 +437,49 @@ mod tests {
 
     #[test]
     fn directories_share_what_may_be_known_of_files_and_each_has_enough() {
-        for (directories, window, reserve) in
-            [(0, 16_384, 524_288), (1, 16_384, 524_288), (8, 2_048, 65_536), (64, 256, 8_192), (1_000, 256, 1_024)]
-        {
-            let limits = Limits::shared_by(directories);
-            assert_eq!((limits.window, limits.reserve), (window, reserve), "{directories}");
+        for (directories, backlogs, window, reserve) in [
+            (0, 0, 16_384, 524_288),
+            (1, 1, 16_384, 524_288),
+            (8, 1, 8_192, 524_288),
+            (64, 64, 1_024, 8_192),
+            (1_000, 1_000, 256, 1_024),
+        ] {
+            let limits = Limits::shared_by(directories, backlogs);
+            assert_eq!((limits.window, limits.reserve), (window, reserve), "{directories} {backlogs}");
         }
+    }
+
+    #[test]
+    fn however_many_lines_share_a_window_each_runs_dry() {
+        let now = Instant::now();
+        let mut window = a_window(Order::FreshestFirst, 4);
+        let cams: Vec<Arc<str>> = (0..5).map(|n| n.to_string().into()).collect();
+        for (n, cam) in (0..).zip(&cams) {
+            window.add(cam, file(n, now), false, 1);
+        }
+        for cam in &cams {
+            while window.next(cam, now).is_some() {}
+            assert!(window.runs_dry(cam));
+        }
+    }
+
+    #[test]
+    fn a_line_does_not_stand_still_behind_files_that_came_by_another_way() {
+        let (cam, now) = (Arc::from("cam"), Instant::now());
+        let mut window = a_window(Order::FreshestFirst, 1);
+        drop(window.begin_scan(1));
+        for n in 1..=4 {
+            window.add(&cam, file(n, now), false, 1);
+        }
+        let mut reserve = window.gathered();
+        reserve.sort();
+        window.end_scan(reserve);
+        for n in [4, 3, 2] {
+            assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(n));
+            window.add(&cam, file(n - 1, now), true, 0);
+        }
+        assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(1));
+        assert_eq!(window.top_up(&cam), (3, 3), "all of them are taken");
     }
 
     #[test]

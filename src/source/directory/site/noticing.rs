@@ -168,7 +168,12 @@ impl Site {
         // What stays beyond the window, or goes out of it, is counted there; what this scan will still meet, when it does.
         let beyond = if scan > 0 { &mut tally.no_room } else { &mut inner.beyond };
         match added {
-            Added::NoRoom => *beyond.entry(detector.clone()).or_default() += 1,
+            Added::NoRoom => {
+                *beyond.entry(detector.clone()).or_default() += 1;
+                if scan == 0 {
+                    *inner.doubtful.entry(detector.clone()).or_default() += 1;
+                }
+            }
             Added::InsteadOf { detector, scan: seen } => {
                 *beyond.entry(detector.clone()).or_default() += i64::from(scan == 0 || seen == scan);
                 if scan > 0 {

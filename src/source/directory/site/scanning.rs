@@ -43,7 +43,8 @@ impl Site {
         root: &Arc<Root>,
         watcher: Option<&Watcher>,
     ) -> io::Result<bool> {
-        let scan = self.inner().begin_scan();
+        let (scan, old) = self.inner().begin_scan();
+        drop(old);
         self.metrics.counter("rescans_total", &[]).increment(1);
         let mut tally = Tally::default();
         self.adopt(root)?;
@@ -171,6 +172,11 @@ impl Site {
         if error.kind() != io::ErrorKind::NotFound {
             self.missed.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Whether there is more than the window holds.
+    pub(in crate::source::directory) fn has_backlog(&self) -> bool {
+        self.inner().beyond.values().any(|n| *n > 0)
     }
 
     /// Whether something was missed, or a line runs dry while more of its files wait beyond the window.

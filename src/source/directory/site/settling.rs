@@ -273,7 +273,7 @@ impl Site {
 fn count_returned(inner: &Inner, returned: HashMap<Arc<str>, i64>) {
     for (detector, n) in returned {
         if let Some(line) = inner.lines.get(&detector) {
-            line.returned(n.unsigned_abs());
+            line.returned(u64::try_from(n).unwrap_or(0));
         }
     }
 }

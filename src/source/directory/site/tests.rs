@@ -15,6 +15,7 @@ use crate::encode::image::tests::a_jpeg;
 use crate::metrics::DetectorCounts;
 use crate::queue::{Line as _, Outlet, Taken, queue};
 use crate::settle::Disposition;
+use crate::source::Order;
 use crate::source::directory::AfterPublish;
 
 /// Less than there is in the directory.
@@ -104,7 +105,7 @@ fn what_an_event_puts_out_of_the_window_is_not_taken_for_vanished() {
     assert_eq!((bench.counts().received, bench.counts().pending), (5, 5));
     // As if in the middle of a scan that has met everything: an event, and another that puts the first one out.
     let mut tally = Tally::default();
-    let scan = bench.site.inner().begin_scan();
+    let (scan, _) = bench.site.inner().begin_scan();
     let all = |tally: &mut Tally| {
         for n in 0..5 {
             let key = Key { dir: (*b"").into(), name: format!("{n}.jpg").as_bytes().into() };
@@ -128,6 +129,28 @@ fn what_an_event_puts_out_of_the_window_is_not_taken_for_vanished() {
     }
     bench.scan();
     assert_eq!(bench.counts().dropped, 7, "what is in the window is found to be gone when it is its turn");
+}
+
+#[test]
+fn what_an_event_finds_no_room_for_is_not_taken_for_vanished_either() {
+    let bench = Bench::new();
+    bench.site.inner().window = Window::new(Order::OldestFirst, FEW);
+    for n in 0..5 {
+        bench.file(&format!("{n}.jpg"), 100 + n);
+    }
+    bench.scan();
+    // As if in the middle of a scan that is past its place.
+    let mut tally = Tally::default();
+    let (scan, _) = bench.site.inner().begin_scan();
+    for n in 0..5 {
+        let key = Key { dir: (*b"").into(), name: format!("{n}.jpg").as_bytes().into() };
+        bench.site.notice(bench.root.fd.as_fd(), &key, Via::Scan(scan), &mut tally);
+    }
+    bench.file("5.jpg", 50);
+    bench.event("5.jpg");
+    bench.site.reckon(&tally, true);
+    let counts = bench.counts();
+    assert_eq!((counts.received, counts.dropped, counts.pending), (6, 0, 6));
 }
 
 #[test]
