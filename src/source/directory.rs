@@ -173,9 +173,13 @@ async fn serve(site: &Arc<Site>, served: &mut Served, inotify: &SharedInotify, s
                     site.root.store(None);
                     let gone = site.clone();
                     drop(spawn_blocking(move || gone.forget_all()).await);
+                    served.has_backlog(false);
                 }
             }
-            Err(error) => site.directory_trouble(Some(missing(&error))),
+            Err(error) => {
+                served.has_backlog(false);
+                site.directory_trouble(Some(missing(&error)));
+            }
         }
         tokio::select! {
             () = stop.cancelled() => {}

@@ -196,20 +196,8 @@ fn fair_share(mut lengths: Vec<usize>, mut room: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::window::tests::file;
     use super::*;
-
-    fn file(n: i64, at: Instant) -> Waiting {
-        Waiting {
-            key: Key { dir: Arc::from(*b"door"), name: n.to_string().as_bytes().into() },
-            size: 7,
-            mtime: n,
-            noticed: at,
-            received_at: Timestamp::UNIX_EPOCH,
-            still_since: at,
-            settled: true,
-            claim: None,
-        }
-    }
 
     fn gathered(order: Order, max: usize, files: &[(&str, i64)]) -> Reserve {
         let mut reserve = Reserve::new(order, max, 1);
@@ -230,7 +218,7 @@ mod tests {
             let mut reserve = gathered(order, 10, &[("a", 3), ("a", 5), ("a", 1), ("b", 9), ("a", 4), ("a", 2)]);
             assert_eq!(drained(&mut reserve, "a"), expected);
             let last = reserve.next("b").expect("one");
-            assert_eq!((&*last.key.dir, &*last.key.name, last.size), (&b"door"[..], &b"9"[..], 7));
+            assert_eq!((&*last.key.dir, &*last.key.name, last.size), (&b""[..], &b"9"[..], 1));
             assert_eq!((reserve.len, reserve.len_of("a")), (0, 0));
         }
     }

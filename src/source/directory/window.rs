@@ -289,14 +289,15 @@ impl Window {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::fd::AsFd as _;
     use std::time::Duration;
 
     use super::*;
     use crate::source::lanes::FRESH_FOR;
 
-    fn file(n: i64, at: Instant) -> Waiting {
+    /// One of that time and name.
+    pub(in crate::source::directory) fn file(n: i64, at: Instant) -> Waiting {
         Waiting {
             key: Key { dir: Arc::from(*b""), name: n.to_string().as_bytes().into() },
             size: 1,
@@ -311,6 +312,19 @@ mod tests {
 
     fn a_window(order: Order, max: usize) -> Window {
         Window::new(order, Limits { window: max, reserve: 100 })
+    }
+
+    /// A window of `max` after a scan that met 1 to 4.
+    fn scanned(cam: &Arc<str>, max: usize, now: Instant) -> Window {
+        let mut window = a_window(Order::FreshestFirst, max);
+        drop(window.begin_scan(1));
+        for n in 1..=4 {
+            window.add(cam, file(n, now), false, 1);
+        }
+        let mut reserve = window.gathered();
+        reserve.sort();
+        window.end_scan(reserve);
+        window
     }
 
     fn order(window: &mut Window, now: Instant) -> Vec<i64> {
@@ -421,13 +435,7 @@ mod tests {
     #[test]
     fn one_in_line_by_another_way_does_not_come_again_from_the_reserve() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = a_window(Order::FreshestFirst, 2);
-        drop(window.begin_scan(1));
-        for n in 1..=4 {
-            window.add(&cam, file(n, now), false, 1);
-        }
-        let reserve = window.gathered();
-        window.end_scan(reserve);
+        let mut window = scanned(&cam, 2, now);
         assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(4));
         window.add(&cam, file(2, now), true, 0);
         assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(2));
@@ -466,14 +474,7 @@ mod tests {
     #[test]
     fn a_line_does_not_stand_still_behind_files_that_came_by_another_way() {
         let (cam, now) = (Arc::from("cam"), Instant::now());
-        let mut window = a_window(Order::FreshestFirst, 1);
-        drop(window.begin_scan(1));
-        for n in 1..=4 {
-            window.add(&cam, file(n, now), false, 1);
-        }
-        let mut reserve = window.gathered();
-        reserve.sort();
-        window.end_scan(reserve);
+        let mut window = scanned(&cam, 1, now);
         for n in [4, 3, 2] {
             assert_eq!(window.next("cam", now).map(|it| it.mtime), Some(n));
             window.add(&cam, file(n - 1, now), true, 0);
